@@ -1,0 +1,81 @@
+"""Run notebooks the way nbdev does, in a fresh process each, and store or compare their outputs.
+
+    python .ci/notebooks.py store nbs/10_cells.ipynb ...   # run, write the outputs into the file
+    python .ci/notebooks.py compare [nbs/...]              # run, fail where stored text differs
+
+Cells under `#| slow`, `#| gpu` or `#| data` keep the outputs that were stored on purpose,
+unless `--flags slow,data` asks for them. Cells under `#| eval: false` are never run.
+"""
+import argparse, os, re, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ("slow", "gpu", "data")
+ENV = dict(OMP_NUM_THREADS="1", MPLBACKEND="agg", TQDM_DISABLE="1", PYTHONHASHSEED="0", PYTHONWARNINGS="ignore")
+
+
+def skipped(source, on):
+    "Is this a cell that the run leaves as it is?"
+    directives = re.findall(r"^#\|\s*(.+?)\s*$", source, re.M)
+    return any(d in FLAGS and d not in on for d in directives) or any(d.replace(" ", "") == "eval:false" for d in directives)
+
+
+def text_of(outputs):
+    "The text that a reader sees: streams and plain results. Pictures are left out, their bytes vary with fonts."
+    out = []
+    for o in outputs:
+        if o["output_type"] == "stream": out.append("".join(o["text"]))
+        else: out.append("".join(o.get("data", {}).get("text/plain", "")))
+    return re.sub(r"<Figure size .*?>|<Axes.*?>", "", "".join(out)).strip()
+
+
+def run_one(path, mode, on):
+    from execnb.nbio import read_nb, write_nb
+    from execnb.shell import CaptureShell
+    os.chdir(path.parent)
+    nb, old = read_nb(path), read_nb(path)
+    shell = CaptureShell(path.parent, mpl_format="png")
+    shell._run("%config InlineBackend.rc = {\"figure.dpi\": 100}")
+    shell.run_all(nb, exc_stop=True, preproc=lambda c: c.cell_type != "code" or skipped(c.source, on))
+    if mode == "store":
+        clean(nb); write_nb(nb, path); return 0
+    pairs = [(a, b) for a, b in zip(old.cells, nb.cells) if a.cell_type == "code" and not skipped(a.source, on)]
+    stale = [(a, b) for a, b in pairs if text_of(a.outputs) != text_of(b.outputs)]
+    for a, b in stale:
+        print(f"{path.name}: stale output of\n{a.source}\n--- stored\n{text_of(a.outputs)}\n--- now\n{text_of(b.outputs)}")
+    return len(stale)
+
+
+def clean(nb):
+    "Plain metadata, small ids that do not change, no execution counts."
+    for i, c in enumerate(nb.cells):
+        c["id"], c["metadata"] = f"c{i:03d}", {}
+        if c.cell_type == "code":
+            c["execution_count"] = None
+            for o in c["outputs"]:
+                o.pop("execution_count", None)
+                if o["output_type"] == "execute_result": o["execution_count"] = None
+                o["metadata"] = {} if o["output_type"] != "stream" else None
+                if o["metadata"] is None: del o["metadata"]
+    nb.metadata.setdefault("kernelspec", dict(display_name="python3", language="python", name="python3"))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("mode", choices=["store", "compare"])
+    p.add_argument("paths", nargs="*")
+    p.add_argument("--flags", default="")
+    p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    a = p.parse_args()
+    paths = [Path(x).resolve() for x in a.paths] or sorted((ROOT / "nbs").rglob("*.ipynb"))
+    if a.one: return sys.exit(run_one(paths[0], a.mode, a.flags.split(",")))
+    cmd = lambda x: subprocess.run([sys.executable, __file__, a.mode, str(x), "--flags", a.flags, "--one"],
+                                   env={**os.environ, **ENV}).returncode
+    with ThreadPoolExecutor(os.cpu_count()) as ex: codes = list(ex.map(cmd, paths))
+    bad = [x.name for x, c in zip(paths, codes) if c]
+    print(f"{len(paths) - len(bad)} of {len(paths)} notebooks {'stored' if a.mode == 'store' else 'fresh'}", *bad)
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__": main()
