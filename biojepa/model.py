@@ -23,10 +23,10 @@ class ModelConfig:
     "Everything that fixes the shape of a model; a run writes it beside its results."
     n_genes: int                  # rows of the identity table: the genes of the prepared cells
     preset: str = 'base'          # which encoder and predictor: 'base', or 'v0_3' as the seed had it
-    width: int = 64               # D; 64 trains on two cores in minutes, the seed's 256 wants a GPU
+    width: int = 64               # D; the seed's 256 costs 16 times as much per token, too much for two cores
     heads: int = 4                # attention heads; the width must divide by them
-    layers: int = 2               # encoder blocks; most of the gain over none is in the first two
-    predictor_layers: int = 2     # layers of the change stream: one to hear the action, one to pass it on
+    layers: int = 2               # encoder blocks: one to hear the other genes, one to hear them in context
+    predictor_layers: int = 2     # layers of the change stream: one to hear the action, one to react to what it did elsewhere
     n_summary: int = 4            # summary tokens that carry the cell, base only
     feature_dims: tuple = ()      # numbers per feature source after whitening, base only
     action_dim: int = 320         # numbers in the action vector, v0_3 only: the width of the smallest ESM-2

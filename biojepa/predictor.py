@@ -21,17 +21,12 @@ from .cells import MODES
 # %% ../nbs/34_predictor.ipynb #c009
 class BlockV03(nn.Module):
     "Self-attention over [context, queries], queries attend the action token, MLP."
-    def __init__(self,
-                 width: int,   # D
-                 heads: int):  # H
+    def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.attention, self.cross, self.mlp = LinearAttention(width, heads), LinearAttention(width, heads), MLP(width)
 
-    def forward(self,
-                x: Tensor,         # context tokens, then queries [B, 2G, D]
-                action: Tensor     # the action token [B, 1, D]
-               ) -> Tensor:        # [B, 2G, D]
+    def forward(self, x, action):                                         # [B, 2G, D], [B, 1, D] -> [B, 2G, D]
         x = x + self.attention(self.norm1(x))
         context, query = x.chunk(2, 1)                                    # 2 x [B, G, D]
         query = query + self.cross(self.norm2(query), context=action)
@@ -58,28 +53,25 @@ class PredictorV03(nn.Module):
                 context: Tensor,  # tokens of the control state [B, G, D]
                 action: Tensor    # action vectors [B, action_dim]
                ) -> tuple[Tensor, Tensor]:  # mean and log-variance of the treated latent, each [B, G, D]
-        n = context.shape[1]
         x = torch.cat([context, self.query.weight.expand(len(context), -1, -1)], 1)   # [B, 2G, D]
         a = self.adapter(action)[:, None]                                             # [B, 1, D]
         for block in self.blocks: x = block(x, a)
-        x = self.norm(x[:, n:])
+        x = self.norm(x[:, context.shape[1]:])
         return self.mean(x), self.log_variance(x)
 
 # %% ../nbs/34_predictor.ipynb #c032
 def _linear(n_in, n_out): return nn.Linear(n_in, n_out, bias=False)
 
 def strength(dose: Tensor,  # dose, 1 is the reference; any shape
-             mask: Tensor   # is this part there? same shape
-            ) -> Tensor:    # log2(1 + dose), 0 where there is no part
-    "How much a part of an action counts."
+             mask: Tensor   # is there a part? same shape
+            ) -> Tensor:
+    "How much a part of an action counts: log2(1 + dose), 0 where there is no part."
     return dose.clamp(min=0).log1p() / math.log(2) * mask
 
 # %% ../nbs/34_predictor.ipynb #c034
 class ActionTokens(nn.Module):
-    "Turns every part of an action into K = S + 2 tokens: S feature sources, mode and time, target gene."
-    def __init__(self,
-                 width: int,                  # D
-                 feature_dims: tuple = ()):   # numbers per feature source, in the order of the table
+    "Every part of an action as K = S + 2 tokens: S feature sources, mode and time, target gene."
+    def __init__(self, width, feature_dims=()):
         super().__init__()
         self.dims = tuple(feature_dims)
         self.sources = nn.ModuleList(_linear(d, width) for d in self.dims)
@@ -87,10 +79,7 @@ class ActionTokens(nn.Module):
         self.time, self.target = _linear(1, width), _linear(width, width)
         nn.init.zeros_(self.gate.weight)
 
-    def forward(self,
-                action,        # ActionBatch of P actions with A parts
-                gene: Tensor   # gene tokens of the context [P, G, D], or [1, G, D] shared by all actions
-               ) -> tuple[Tensor, Tensor, Tensor]:  # tokens [P, A, K, D], seen [P, A, K] bool, strength [P, A]
+    def forward(self, action, gene):   # ActionBatch, gene tokens [P or 1, G, D] -> tokens [P, A, K, D], seen [P, A, K], strength [P, A]
         row = torch.arange(len(action.mode), device=gene.device)[:, None] if len(gene) > 1 else 0
         sources = [f(x) for f, x in zip(self.sources, action.features.split(self.dims, -1))] if self.dims else []
         mode = self.mode(action.mode) + self.time(action.time.clamp(min=0).log1p()[..., None])
@@ -102,63 +91,43 @@ class ActionTokens(nn.Module):
 # %% ../nbs/34_predictor.ipynb #c039
 class PartAttention(nn.Module):
     "Every gene attends the tokens of each part by itself; the answers are summed over parts."
-    def __init__(self,
-                 width: int,   # D
-                 heads: int):  # H
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.q, self.q_change, self.k, self.v, self.out = (_linear(width, width) for _ in range(5))
 
-    def forward(self,
-                gene: Tensor,      # gene tokens [P or 1, G, D]
-                change: Tensor,    # change so far [P, G, D]
-                tokens: Tensor,    # action tokens [P, A, K, D]
-                seen: Tensor,      # which of them exist [P, A, K]
-                strength: Tensor   # weight of each part [P, A]
-               ) -> Tensor:        # [P, G, D]
+    def forward(self, gene, change, tokens, seen, strength):   # [P or 1, G, D], [P, G, D], [P, A, K, D], [P, A, K], [P, A] -> [P, G, D]
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.q(gene) + self.q_change(change), self.k(tokens), self.v(tokens)))
         score = torch.einsum('pghd,pakhd->phgak', q, k) / q.shape[-1] ** .5
         share = score.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) * strength[:, None, None, :, None]
-        return self.out(torch.einsum('phgak,pakhd->pghd', share, v).flatten(2))   # heads side by side: [P, G, D]
+        return self.out(torch.einsum('phgak,pakhd->pghd', share, v).flatten(2))   # heads side by side
 
 # %% ../nbs/34_predictor.ipynb #c047
 class Spread(nn.Module):
     "Linear attention among genes: the wiring comes from the cell, what travels on it is the change."
-    def __init__(self,
-                 width: int,   # D
-                 heads: int):  # H
+    def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (_linear(width, width) for _ in range(4))
 
-    def forward(self,
-                gene: Tensor,    # gene tokens [P or 1, G, D]
-                change: Tensor   # change so far [P, G, D]
-               ) -> Tensor:      # [P, G, D]
+    def forward(self, gene, change):   # [P or 1, G, D], [P, G, D] -> [P, G, D]
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(gene), self.k(gene), self.v(change)))
         return self.out(linear_attention(q, k, v).transpose(1, 2).flatten(2))   # [P, H, G, d] -> [P, G, D]
 
-# %% ../nbs/34_predictor.ipynb #c053
+# %% ../nbs/34_predictor.ipynb #c051
 class Gate(nn.Module):
     "An MLP on the change whose hidden units are multiplied by the cell: no change in, no change out."
-    def __init__(self,
-                 width: int,        # D
-                 expand: int = 2):  # hidden width in units of D
+    def __init__(self, width, expand=2):
         super().__init__()
         self.up, self.cell, self.down = _linear(width, expand * width), nn.Linear(width, expand * width), _linear(expand * width, width)
 
-    def forward(self,
-                cell: Tensor,    # normalised context tokens [P or 1, G, D]
-                change: Tensor   # change so far [P, G, D]
-               ) -> Tensor:      # [P, G, D]
+    def forward(self, cell, change):   # [P or 1, G, D], [P, G, D] -> [P, G, D]
         return self.down(F.gelu(self.up(change)) * self.cell(cell))
 
-# %% ../nbs/34_predictor.ipynb #c056
+# %% ../nbs/34_predictor.ipynb #c054
 class ChangeBlock(nn.Module):
     "One layer of the change stream: listen to the action, spread among genes, react."
-    def __init__(self,
-                 width: int,   # D
-                 heads: int):  # H
+    def __init__(self, width, heads):
         super().__init__()
         self.listen, self.spread, self.gate = PartAttention(width, heads), Spread(width, heads), Gate(width)
 
@@ -167,14 +136,14 @@ class ChangeBlock(nn.Module):
         change = change + self.spread(gene, change)
         return change + self.gate(cell, change)
 
-# %% ../nbs/34_predictor.ipynb #c057
+# %% ../nbs/34_predictor.ipynb #c056
 class Change(NamedTuple):
     "What an action does to a cell state."
     mean: Tensor           # change of the latent tokens [P, G, D]
     log_variance: Tensor   # log-variance of that change [P, G, D]
     delta: Tensor          # change of log1p expression [P, G]
 
-# %% ../nbs/34_predictor.ipynb #c059
+# %% ../nbs/34_predictor.ipynb #c057
 class Predictor(nn.Module):
     "The change that each of P actions makes to a cell state. No action gives exactly zero."
     def __init__(self,
@@ -192,12 +161,7 @@ class Predictor(nn.Module):
         self.readout = nn.Parameter(torch.empty(n_genes, width))
         for w in (self.readout, self.mean.weight): nn.init.normal_(w, std=0.02)
 
-    def stream(self,
-               context: Tensor,   # tokens of the control state [P, G, D], or [1, G, D] shared by all actions
-               identity: Tensor,  # identity of the genes [G, D]
-               action             # ActionBatch of P actions
-              ) -> Tensor:        # the change stream after the last layer [P, G, D]
-        "Hit the targets, then listen, spread and react in every layer."
+    def stream(self, context, identity, action):   # -> the change stream after the last layer [P, G, D]
         cell, gene = self.cell(context), self.gene(context + identity)
         tokens, seen, strength = self.tokens(action, gene)
         blow = self.hit(tokens[:, :, -2:].sum(2)) * (strength * (action.target >= 0))[..., None]      # [P, A, D]
@@ -213,11 +177,11 @@ class Predictor(nn.Module):
                 latent: bool = True   # also predict the latent change? without it mean and log_variance are None
                ) -> Change:
         change = self.stream(context, identity, action)
-        delta = (change * self.readout).sum(-1) / change.shape[-1] ** .5
+        delta = torch.einsum('pgd,gd->pg', change, self.readout) / change.shape[-1] ** .5
         if not latent: return Change(None, None, delta)
         return Change(self.mean(change), self.log_variance_cell(self.cell(context)) + self.log_variance(change), delta)
 
-# %% ../nbs/34_predictor.ipynb #c086
+# %% ../nbs/34_predictor.ipynb #c081
 def action_vector(
         action,          # ActionBatch of P actions
         width: int = 320 # numbers in the vector
@@ -230,7 +194,7 @@ def action_vector(
     project = torch.randn(n, width, generator=torch.Generator().manual_seed(0)) / width ** .5       # E |x R|^2 = |x|^2
     return x @ project.to(x)
 
-# %% ../nbs/34_predictor.ipynb #c090
+# %% ../nbs/34_predictor.ipynb #c084
 class MaskedPredictor(nn.Module):
     "Teacher latents of masked genes, asked by identity from visible tokens and the cell's summary."
     def __init__(self,
@@ -239,9 +203,8 @@ class MaskedPredictor(nn.Module):
                  layers: int = 1):  # blocks of cross-attention and MLP
         super().__init__()
         self.known, self.query = nn.LayerNorm(width), nn.Linear(width, width)
-        self.norms = nn.ModuleList(nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)]) for _ in range(layers))
-        self.cross = nn.ModuleList(LinearAttention(width, heads) for _ in range(layers))
-        self.mlps = nn.ModuleList(MLP(width) for _ in range(layers))
+        part = lambda: nn.ModuleList([nn.LayerNorm(width), LinearAttention(width, heads), nn.LayerNorm(width), MLP(width)])
+        self.blocks = nn.ModuleList(part() for _ in range(layers))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
 
     def forward(self,
@@ -249,9 +212,8 @@ class MaskedPredictor(nn.Module):
                 summary: Tensor,   # summary tokens of the cell [B, S, D]
                 identity: Tensor   # identity of the masked genes [B, M, D]
                ) -> Tensor:        # predicted latents of the masked genes [B, M, D]
-        known = self.known(torch.cat([tokens, summary], 1))                # [B, K + S, D]
-        x = self.query(identity)
-        for (n1, n2), cross, mlp in zip(self.norms, self.cross, self.mlps):
-            x = x + cross(n1(x), context=known)
-            x = x + mlp(n2(x))
+        known, x = self.known(torch.cat([tokens, summary], 1)), self.query(identity)
+        for norm1, cross, norm2, mlp in self.blocks:
+            x = x + cross(norm1(x), context=known)
+            x = x + mlp(norm2(x))
         return self.out(self.norm(x))

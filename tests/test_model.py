@@ -186,5 +186,14 @@ def test_bad_configurations_are_refused(bad):
     with pytest.raises((ValueError, TypeError)): configure(**{"n_genes": G, **bad})
 
 
+def test_without_features_targets_still_tell_actions_apart():
+    torch.manual_seed(0)
+    bare, a = Predictor(G, D, 2, 1), actions(0, parts=1)
+    a.features, a.present = a.features[..., :0], a.present[..., :0]
+    a.mode, a.dose, a.time, a.mask, a.target = a.mode * 0 + 1, a.dose * 0 + 1, a.time * 0, a.mask | True, torch.tensor([[0], [1], [1]])
+    delta = bare(torch.randn(1, G, D), torch.randn(G, D), a).delta
+    assert (delta[0] - delta[1]).abs().max() > 0 and torch.equal(delta[1], delta[2])
+
+
 def test_strength_of_reference_dose_is_one():
     assert strength(torch.tensor([0., 1., 1.]), torch.tensor([True, True, False])).tolist() == [0, 1, 0]
