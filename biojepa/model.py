@@ -30,6 +30,8 @@ class ModelConfig:
     n_summary: int = 4            # summary tokens that carry the cell, base only
     feature_dims: tuple = ()      # numbers per feature source after whitening, base only
     action_dim: int = 320         # numbers in the action vector, v0_3 only: the width of the smallest ESM-2
+    feature_noise: float = 0.5    # sd of the noise on whitened features in training, base only; against learning targets by heart
+    target_drop: float = 0.5      # share of target tokens that go unheard in training, base only; for the same reason
     momentum: float = 0.996       # of the teacher, a slow copy of the student
 
     def __post_init__(self):
@@ -71,7 +73,7 @@ class WorldModel(nn.Module):
             self.masked_predictor = None
         else:
             self.student = Encoder(c.n_genes, c.width, c.heads, c.layers, c.n_summary)
-            self.predictor = Predictor(c.n_genes, c.width, c.heads, c.predictor_layers, c.feature_dims)
+            self.predictor = Predictor(c.n_genes, c.width, c.heads, c.predictor_layers, c.feature_dims, c.feature_noise, c.target_drop)
             self.masked_predictor = MaskedPredictor(c.width, c.heads)
         self.teacher = Teacher(self.student, c.momentum)
 
@@ -113,10 +115,11 @@ WorldModel.context = _context
 def _forward(self: WorldModel,
              context: Tensor,      # control states [P, G, D], or [1, G, D] shared by all actions
              action,               # ActionBatch of P actions
-             latent: bool = True   # base only: also predict the latent change?
+             latent: bool = True,  # base only: also predict the latent change?
+             generator: torch.Generator | None = None   # base only: draws the noise of training; None: no noise
             ) -> Change:
     "The change that each action makes to its control state."
-    if self.config.preset != 'v0_3': return self.predictor(context, self.identity, action, latent)
+    if self.config.preset != 'v0_3': return self.predictor(context, self.identity, action, latent, generator)
     vector = action_vector(action, self.config.action_dim)
     mean, log_variance = self.predictor(context.expand(len(vector), -1, -1), vector)
     return Change(mean - context, log_variance, None)

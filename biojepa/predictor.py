@@ -71,24 +71,31 @@ def strength(dose: Tensor,  # dose, 1 is the reference; any shape
 # %% ../nbs/34_predictor.ipynb #c034
 class ActionTokens(nn.Module):
     "Every part of an action as K = S + 2 tokens: S feature sources, mode and time, target gene."
-    def __init__(self, width, feature_dims=()):
+    def __init__(self, width, feature_dims=(), noise=0.5, drop=0.5):
         super().__init__()
-        self.dims = tuple(feature_dims)
+        self.dims, self.noise, self.drop = tuple(feature_dims), noise, drop
         self.sources = nn.ModuleList(_linear(d, width) for d in self.dims)
         self.mode, self.gate = nn.Embedding(len(MODES), width), nn.Embedding(len(MODES), width)
         self.time, self.target = _linear(1, width), _linear(width, width)
         nn.init.zeros_(self.gate.weight)
 
-    def forward(self, action, gene):   # ActionBatch, gene tokens [P or 1, G, D] -> tokens [P, A, K, D], seen [P, A, K], strength [P, A]
+    def blur(self, features, heard, generator):   # [P, A, F], [P, A] -> the same, noisier
+        noise, chance = (torch.empty(x.shape, device=generator.device) for x in (features, heard))
+        noise, chance = noise.normal_(generator=generator).to(features), chance.uniform_(generator=generator).to(features)
+        return features + self.noise * noise, heard & (chance >= self.drop)
+
+    def forward(self, action, gene, generator=None):   # ActionBatch, [P or 1, G, D] -> tokens [P, A, K, D], seen [P, A, K], strength [P, A]
+        features, heard = action.features, action.target >= 0
+        if generator is not None: features, heard = self.blur(features, heard, generator)
         row = torch.arange(len(action.mode), device=gene.device)[:, None] if len(gene) > 1 else 0
-        sources = [f(x) for f, x in zip(self.sources, action.features.split(self.dims, -1))] if self.dims else []
+        sources = [f(x) for f, x in zip(self.sources, features.split(self.dims, -1))] if self.dims else []
         mode = self.mode(action.mode) + self.time(action.time.clamp(min=0).log1p()[..., None])
         target = self.target(gene[row, action.target.clamp(min=0)])
         tokens = torch.stack([*sources, mode, target], 2) * (1 + self.gate(action.mode))[:, :, None]
-        there = torch.stack([torch.ones_like(action.mask), action.target >= 0], -1)
+        there = torch.stack([torch.ones_like(action.mask), heard], -1)
         return tokens, torch.cat([action.present, there], -1), strength(action.dose, action.mask)
 
-# %% ../nbs/34_predictor.ipynb #c039
+# %% ../nbs/34_predictor.ipynb #c040
 class PartAttention(nn.Module):
     "Every gene attends the tokens of each part by itself; the answers are summed over parts."
     def __init__(self, width, heads):
@@ -102,7 +109,7 @@ class PartAttention(nn.Module):
         share = score.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) * strength[:, None, None, :, None]
         return self.out(torch.einsum('phgak,pakhd->pghd', share, v).flatten(2))   # heads side by side
 
-# %% ../nbs/34_predictor.ipynb #c047
+# %% ../nbs/34_predictor.ipynb #c048
 class Spread(nn.Module):
     "Linear attention among genes: the wiring comes from the cell, what travels on it is the change."
     def __init__(self, width, heads):
@@ -114,7 +121,7 @@ class Spread(nn.Module):
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(gene), self.k(gene), self.v(change)))
         return self.out(linear_attention(q, k, v).transpose(1, 2).flatten(2))   # [P, H, G, d] -> [P, G, D]
 
-# %% ../nbs/34_predictor.ipynb #c051
+# %% ../nbs/34_predictor.ipynb #c052
 class Gate(nn.Module):
     "An MLP on the change whose hidden units are multiplied by the cell: no change in, no change out."
     def __init__(self, width, expand=2):
@@ -124,7 +131,7 @@ class Gate(nn.Module):
     def forward(self, cell, change):   # [P or 1, G, D], [P, G, D] -> [P, G, D]
         return self.down(F.gelu(self.up(change)) * self.cell(cell))
 
-# %% ../nbs/34_predictor.ipynb #c054
+# %% ../nbs/34_predictor.ipynb #c055
 class ChangeBlock(nn.Module):
     "One layer of the change stream: listen to the action, spread among genes, react."
     def __init__(self, width, heads):
@@ -136,14 +143,14 @@ class ChangeBlock(nn.Module):
         change = change + self.spread(gene, change)
         return change + self.gate(cell, change)
 
-# %% ../nbs/34_predictor.ipynb #c056
+# %% ../nbs/34_predictor.ipynb #c057
 class Change(NamedTuple):
     "What an action does to a cell state."
     mean: Tensor           # change of the latent tokens [P, G, D]
     log_variance: Tensor   # log-variance of that change [P, G, D]
     delta: Tensor          # change of log1p expression [P, G]
 
-# %% ../nbs/34_predictor.ipynb #c057
+# %% ../nbs/34_predictor.ipynb #c058
 class Predictor(nn.Module):
     "The change that each of P actions makes to a cell state. No action gives exactly zero."
     def __init__(self,
@@ -151,9 +158,11 @@ class Predictor(nn.Module):
                  width: int = 64,             # D
                  heads: int = 4,              # H
                  layers: int = 2,             # blocks
-                 feature_dims: tuple = ()):   # numbers per feature source, in the order of the table
+                 feature_dims: tuple = (),    # numbers per feature source, in the order of the table
+                 noise: float = 0.5,          # sd of the noise on features in training; they are whitened to sd 1
+                 drop: float = 0.5):          # share of target tokens that go unheard in training
         super().__init__()
-        self.cell, self.gene, self.tokens = nn.LayerNorm(width), nn.LayerNorm(width), ActionTokens(width, feature_dims)
+        self.cell, self.gene, self.tokens = nn.LayerNorm(width), nn.LayerNorm(width), ActionTokens(width, feature_dims, noise, drop)
         self.hit = _linear(width, width)
         self.blocks = nn.ModuleList(ChangeBlock(width, heads) for _ in range(layers))
         self.mean, self.log_variance = _linear(width, width), _linear(width, width)
@@ -161,10 +170,10 @@ class Predictor(nn.Module):
         self.readout = nn.Parameter(torch.empty(n_genes, width))
         for w in (self.readout, self.mean.weight): nn.init.normal_(w, std=0.02)
 
-    def stream(self, context, identity, action):   # -> the change stream after the last layer [P, G, D]
+    def stream(self, context, identity, action, generator=None):   # -> the change stream after the last layer [P, G, D]
         cell, gene = self.cell(context), self.gene(context + identity)
-        tokens, seen, strength = self.tokens(action, gene)
-        blow = self.hit(tokens[:, :, -2:].sum(2)) * (strength * (action.target >= 0))[..., None]      # [P, A, D]
+        tokens, seen, strength = self.tokens(action, gene, generator)
+        blow = self.hit(tokens[:, :, -2]) * (strength * (action.target >= 0))[..., None]      # [P, A, D]
         row = torch.arange(len(blow), device=blow.device)[:, None].expand_as(action.target)
         change = blow.new_zeros(len(blow), *gene.shape[1:]).index_put((row, action.target.clamp(min=0)), blow, accumulate=True)
         for block in self.blocks: change = block(gene, cell, change, tokens, seen, strength)
@@ -174,14 +183,15 @@ class Predictor(nn.Module):
                 context: Tensor,      # tokens of the control state [P, G, D], or [1, G, D] shared by all actions
                 identity: Tensor,     # identity of the genes [G, D]
                 action,               # ActionBatch of P actions
-                latent: bool = True   # also predict the latent change? without it mean and log_variance are None
+                latent: bool = True,  # also predict the latent change? without it mean and log_variance are None
+                generator: torch.Generator | None = None   # draws the noise of training; None: no noise
                ) -> Change:
-        change = self.stream(context, identity, action)
+        change = self.stream(context, identity, action, generator)
         delta = torch.einsum('pgd,gd->pg', change, self.readout) / change.shape[-1] ** .5
         if not latent: return Change(None, None, delta)
         return Change(self.mean(change), self.log_variance_cell(self.cell(context)) + self.log_variance(change), delta)
 
-# %% ../nbs/34_predictor.ipynb #c081
+# %% ../nbs/34_predictor.ipynb #c082
 def action_vector(
         action,          # ActionBatch of P actions
         width: int = 320 # numbers in the vector
@@ -194,7 +204,7 @@ def action_vector(
     project = torch.randn(n, width, generator=torch.Generator().manual_seed(0)) / width ** .5       # E |x R|^2 = |x|^2
     return x @ project.to(x)
 
-# %% ../nbs/34_predictor.ipynb #c084
+# %% ../nbs/34_predictor.ipynb #c085
 class MaskedPredictor(nn.Module):
     "Teacher latents of masked genes, asked by identity from visible tokens and the cell's summary."
     def __init__(self,

@@ -103,6 +103,17 @@ def test_shared_context_equals_copies_and_actions_do_not_mix(seed):
     close(predictor(context, identity, a.map(lambda v: v[1:2])).delta, delta[1:2])
 
 
+@few
+@given(seeds)
+def test_training_noise_is_a_function_of_the_generator(seed):
+    predictor, context, identity = setup(seed)
+    a, draw = actions(seed, n=6), lambda s: torch.Generator().manual_seed(s)
+    one, two, other = (predictor(context, identity, a, generator=draw(s)).delta for s in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    still = Batch(**{**a.__dict__, "mask": torch.zeros_like(a.mask)})
+    assert (predictor(context, identity, still, generator=draw(1)).delta == 0).all()
+
+
 def test_every_weight_of_the_predictor_learns():
     predictor, context, identity = setup(0)
     predictor.requires_grad_(True)
