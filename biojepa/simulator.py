@@ -33,7 +33,7 @@ class Network:
     drugs: np.ndarray        # [M, G] share of each gene's activity that each drug can inhibit
     half: np.ndarray         # [M] dose of half effect
 
-REGULATORS, ABUNDANCE, RADIUS, AMPLITUDE, OUTPUT = 0.3, 2.2, 1.1, 1.0, 2.5
+REGULATORS, ABUNDANCE, RADIUS, AMPLITUDE, OUTPUT = 0.3, 2.5, 1.1, 1.0, 4.0
 GAIN, CLAMP, HILL = 1.6, {"CRISPRi": -2.2, "CRISPRko": -3.0, "CRISPRa": 1.5, "overexpression": 2.0}, 1.2
 
 # %% ../nbs/11_simulator.ipynb #c005
@@ -113,7 +113,7 @@ def _intervene(network, names, targets, mode, dose, hit, rng=None):
         stress += hit[:, a] * network.essentiality[g] * (level < 0)
     return clamp, stress, activity
 
-STRESS = 0.7
+STRESS = 0.2
 
 def _levels(network, names, targets, mode, dose, hit, cell_type, noise, rng=None):
     "Levels [N, G] of cells with the given noise in their drive."
@@ -170,8 +170,8 @@ def simulate(
     n_drugs: int = 0, # drugs, each at every dose
     doses=(0.1, 1.0, 10.0),
     feature_strength: float = 1.0, # how much the features say; 0 is noise
-    intrinsic: float = 0.45, # sd of each gene's own fluctuation, which travels along the edges
-    depth: float = 2.5, # mean counts per gene and cell
+    intrinsic: float = 0.25, # sd of each gene's own fluctuation, which travels along the edges
+    depth: float = 12.0, # mean counts per gene and cell
     batch_sd: float = 0.15, # sd of a batch's effect on a gene's log rate
     n_batches: int = 2,
     guide_failure: float = 0.1, # share of cells in which a guide does nothing
