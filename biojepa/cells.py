@@ -183,7 +183,7 @@ def _absent(names, obs, genes):
     absent = [t for t in targets if t not in set(genes)]
     if absent:
         more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-        warnings.warn(f"{len(absent)} of {len(targets)} perturbed genes are not measured: {', '.join(absent[:8])}{more}", stacklevel=3)
+        warnings.warn(f"{len(absent)} of {len(targets)} perturbed genes are not measured: {', '.join(absent[:8])}{more}", stacklevel=4)
     return targets, absent
 
 # %% ../nbs/10_cells.ipynb #c035

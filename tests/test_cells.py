@@ -1,0 +1,282 @@
+"Laws of the exported cells, splits and sets, for screens drawn at random."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+import torch
+from anndata import AnnData
+from hypothesis import assume, given, settings, strategies as st
+from scipy import sparse
+
+from biojepa.cells import CONTROL, KEYS, BadCells, check, conditions, dense, effects, gene_hash, join_parts, parts, prepare
+from biojepa.sets import SetSampler, visit
+from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
+
+few = settings(max_examples=12, deadline=None)
+GENES = [f"GENE{i}" for i in range(12)]
+seeds = st.integers(0, 2**31)
+pytestmark = pytest.mark.filterwarnings("ignore:.*are not measured", "ignore:Observation names are not unique", "ignore:Variable names are not unique")
+
+
+def screen(seed, singles=5, pairs=3, cells=4, lines=1, batches=2, as_sparse=True):
+    "Counts of 8 genes; single and double perturbations of 12; every batch of every line has controls."
+    rng = np.random.default_rng(seed)
+    names = list(rng.choice(GENES, singles, replace=False))
+    names += ["+".join(rng.choice(GENES, 2, replace=False)) for _ in range(pairs)]
+    names = [join_parts(parts(n)) for n in dict.fromkeys(names)]
+    rows = [(n, f"L{l}", f"b{i % batches}") for l in range(lines) for n in [CONTROL] * 3 + sorted(set(names)) for i in range(cells)]
+    obs = pd.DataFrame(rows, columns=["perturbation", "cell_type", "batch"])
+    obs.index = "cell" + obs.index.astype(str)
+    X = rng.poisson(3, (len(obs), 8)).astype("float32"); X[:, 7] += 1
+    return AnnData(sparse.csr_matrix(X) if as_sparse else X, obs=obs, var=pd.DataFrame(index=GENES[:8]))
+
+
+screens = st.builds(screen, seeds, st.integers(3, 8), st.integers(0, 12), st.integers(2, 6), st.integers(1, 3), st.integers(1, 2), st.booleans())
+
+
+def refused(f, error=BadCells):
+    with pytest.raises(error) as e: f()
+    return str(e.value)
+
+
+# names
+
+@given(st.lists(st.sampled_from(GENES)))
+def test_a_combination_has_one_name(targets):
+    name = join_parts(targets)
+    assert parts(name) == tuple(sorted(set(targets))) and join_parts(parts(name)) == name
+    assert join_parts(targets[::-1]) == name
+
+
+# prepare
+
+@few
+@given(screens)
+def test_contract(raw):
+    cells = prepare(raw)
+    check(cells)
+    assert cells.X.dtype == np.float32 and sparse.issparse(cells.X) == sparse.issparse(raw.X)
+    np.testing.assert_allclose(np.expm1(dense(cells.X).astype(float)).sum(1), 1e4, rtol=1e-4)
+    np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(raw.X))
+    np.testing.assert_allclose(np.expm1(cells.obs.log_total), dense(raw.X).sum(1), rtol=1e-5)
+    assert ((cells.obs["mode"] == CONTROL) == (cells.obs.perturbation == CONTROL)).all()
+    assert cells.uns["biojepa"]["genes_hash"] == gene_hash(cells.var_names)
+
+
+@few
+@given(screens, st.randoms())
+def test_order_of_cells_and_genes_does_not_matter(raw, random):
+    i, j = np.arange(raw.n_obs), np.arange(raw.n_vars)
+    random.shuffle(i); random.shuffle(j)
+    cells, mixed = prepare(raw), prepare(raw[i][:, j])
+    back = mixed[cells.obs_names, cells.var_names]
+    np.testing.assert_allclose(dense(back.X), dense(cells.X), rtol=1e-5)
+    pd.testing.assert_frame_equal(back.obs, cells.obs)
+    np.testing.assert_allclose(effects(mixed)[:, cells.var_names].X, effects(cells).X, atol=1e-4)
+
+
+@few
+@given(screens, st.integers(2, 9))
+def test_depth_does_not_matter(raw, times):
+    deep = raw.copy(); deep.X = deep.X * np.float32(times)
+    np.testing.assert_allclose(dense(prepare(deep).X), dense(prepare(raw).X), rtol=1e-4)
+
+
+@few
+@given(screens, st.integers(1, 7))
+def test_perturbed_genes_stay(raw, n):
+    cells = prepare(raw, n_genes=n)
+    targets = {p for name in set(raw.obs.perturbation) for p in parts(name)}
+    assert targets & set(raw.var_names) <= set(cells.var_names)
+    assert set(cells.uns["biojepa"]["absent"]) == targets - set(raw.var_names)
+    assert cells.n_vars == max(n, len(targets & set(raw.var_names)))
+    assert list(cells.var_names) == [g for g in raw.var_names if g in set(cells.var_names)]
+    np.testing.assert_allclose(dense(cells.X), dense(prepare(raw)[:, cells.var_names].X))
+
+
+@few
+@given(screens, st.integers(0, 10**6), st.sampled_from([-1.0, 0.5, np.nan, np.inf]))
+def test_one_bad_entry_is_named_and_nothing_is_touched(raw, at, value):
+    i, j = divmod(at % (raw.n_obs * raw.n_vars), raw.n_vars)
+    X = dense(raw.X).copy(); X[i, j] = value
+    bad = AnnData(sparse.csr_matrix(X) if sparse.issparse(raw.X) else X.copy(), obs=raw.obs, var=raw.var)
+    said = refused(lambda: prepare(bad))
+    assert f"{raw.obs_names[i]!r}" in said and f"{raw.var_names[j]!r}" in said
+    np.testing.assert_array_equal(dense(bad.X), X)
+    assert bad.obs.equals(raw.obs)
+
+
+def test_other_refusals():
+    raw = screen(0)
+    assert "'perturbed'" in refused(lambda: prepare(raw, "perturbed")) and "'plate'" in refused(lambda: prepare(raw, batch="plate"))
+    assert "'NT'" in refused(lambda: prepare(raw, control="NT"))
+    empty = raw.copy(); empty.X[5] = 0; empty.X.eliminate_zeros()
+    assert "'cell5'" in refused(lambda: prepare(empty))
+    twice = raw.copy(); twice.var_names = ["A", "A", *raw.var_names[2:]]
+    assert "'A'" in refused(lambda: prepare(twice))
+    lonely = raw.copy(); lonely.obs.loc["cell3", "perturbation"] = "GENE99"
+    assert "'GENE99'" in refused(lambda: prepare(lonely))
+    logged = raw.copy(); sc.pp.normalize_total(logged, target_sum=1e4); sc.pp.log1p(logged)
+    assert "log1p" in refused(lambda: prepare(logged))
+    np.testing.assert_allclose(dense(prepare(logged, kind="log1p").X), dense(prepare(raw).X), rtol=1e-5)
+    assert "already" in refused(lambda: prepare(prepare(raw)))
+
+
+def test_a_file_gives_the_same_cells(tmp_path):
+    cells = prepare(screen(1, lines=2))
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    back = sc.read_h5ad(tmp_path / "cells.h5ad")
+    check(back)
+    np.testing.assert_array_equal(dense(back.X), dense(cells.X))
+    np.testing.assert_array_equal(effects(back).X, effects(cells).X)
+    assert list(back.uns["biojepa"]["input_genes"]) == GENES[:8]
+    effects(back).write_h5ad(tmp_path / "effects.h5ad")
+    assert split(back, seed=3) == split(cells, seed=3)
+
+
+# effects
+
+@few
+@given(screens, seeds)
+def test_what_a_batch_adds_to_all_its_cells_cancels(raw, seed):
+    cells = prepare(raw)
+    shifted = cells.copy()
+    place = pd.factorize(cells.obs.cell_type + cells.obs.batch)[0]
+    shifted.X = dense(cells.X) + np.random.default_rng(seed).normal(size=(place.max() + 1, 8)).astype("float32")[place]
+    np.testing.assert_allclose(effects(shifted).X, effects(cells).X, atol=1e-4)
+
+
+@few
+@given(screens, seeds)
+def test_halves_share_no_cell_and_make_the_whole(raw, seed):
+    cells = prepare(raw)
+    a, b, both = effects(cells, 0, seed), effects(cells, 1, seed), effects(cells)
+    assert list(a.obs_names) == list(b.obs_names) == list(both.obs_names) and both.obs_names.is_unique
+    n, m = a.obs.n_cells.to_numpy()[:, None], b.obs.n_cells.to_numpy()[:, None]
+    assert (n + m == both.obs.n_cells.to_numpy()[:, None]).all() and (abs(n - m) <= 1).all()
+    np.testing.assert_allclose((n * a.layers["mean"] + m * b.layers["mean"]) / (n + m), both.layers["mean"], rtol=1e-4, atol=1e-4)
+
+
+@few
+@given(screens)
+def test_conditions_tell_every_cell(raw):
+    cells = prepare(raw)
+    table, code = conditions(cells)
+    assert ((code == -1) == (cells.obs.perturbation == CONTROL)).all()
+    treated = cells.obs[code >= 0]
+    for key in KEYS[:4]: assert (table[key].to_numpy()[code[code >= 0]] == treated[key].to_numpy()).all()
+    assert table.equals(table.sort_values(KEYS).reset_index(drop=True)) and not table.duplicated(KEYS).any()
+
+
+# splits
+
+def made(raw, kind, seed):
+    "A split, or a skip where the screen is too small for one."
+    try: return split(prepare(raw), kind, seed, context="L0" if kind == "unseen_context" else None)
+    except ValueError: assume(False)
+
+
+@few
+@given(screens, st.sampled_from([*RULES, "unseen_context"]), st.integers(0, 1000))
+def test_every_split_is_apart(raw, kind, seed):
+    cells, s = prepare(raw), made(raw, kind, seed)
+    masks = np.stack([s.mask(cells, p) for p in PARTS])
+    control = (cells.obs.perturbation == CONTROL).to_numpy()
+    assert masks.sum(0).max() == 1 and masks[0, control].all() and not masks[1:, control].any()
+    taught = {g for n in s.train for g in parts(n)}
+    for name, group in s.groups.items():
+        if group == "unseen_context": continue
+        assert name not in s.train
+        if group in ("unseen_gene", "pair_seen0"): assert not taught & set(parts(name))
+        else: assert len(taught & set(parts(name))) == int(group[-1])
+    assert set(s.groups) == set(s.val) | set(s.test)
+    assert Split.from_dict(json.loads(json.dumps(s.to_dict()))) == s == made(raw[::-1], kind, seed)
+    s.check_features(sorted(taught))
+
+
+@few
+@given(screens, st.sampled_from(list(RULES)), st.integers(0, 1000), st.randoms())
+def test_the_assertion_fires(raw, kind, seed, random):
+    cells, s = prepare(raw), made(raw, kind, seed)
+    name = random.choice(s.test)
+    assert f"{name!r}" in refused(lambda: check_split(replace(s, train=s.train + (name,))), Leak)
+    hidden = [n for n in s.test if s.groups[n] == "unseen_gene"]
+    if hidden:
+        gene = random.choice(hidden)
+        assert f"{gene!r}" in refused(lambda: check_split(replace(s, train=s.train + (f"{gene}+ZZZ",))), Leak)
+        assert f"{gene!r}" in refused(lambda: s.check_features([gene]), Leak)
+    twin = cells.copy(); held = s.mask(cells, "test")
+    twin.obs_names = np.where(held, "twin", cells.obs_names); twin.obs_names = [f"x{i % 2}" if n == "twin" else n for i, n in enumerate(twin.obs_names)]
+    check_split(s, cells)
+    twin.obs_names = ["x0", *twin.obs_names[1:]]
+    assert "'x0'" in refused(lambda: check_split(s, twin), Leak)
+
+
+@few
+@given(st.integers(0, 10**6), st.integers(8, 12), st.integers(0, 30))
+def test_the_shares_of_gears(seed, singles, pairs):
+    raw = screen(seed, singles, pairs)
+    s, names = made(raw, "simulation", seed % 100), set(raw.obs.perturbation) - {CONTROL}
+    genes = {g for n in names for g in parts(n)}
+    assert set(s.train) | set(s.val) | set(s.test) == names
+    kept = {g for n in s.train + s.val for g in parts(n)}
+    assert len(kept) <= int(0.75 * len(genes))
+    untested = [n for n in s.train + s.val if "+" in n]
+    seen = set(np.random.RandomState(seed % 100).choice(sorted(genes), int(0.75 * len(genes)), replace=False))
+    assert kept <= seen and len(untested) == int(0.75 * sum("+" in n and set(parts(n)) <= seen for n in names))
+
+
+@few
+@given(screens, st.integers(2, 3), st.integers(0, 100))
+def test_folds_judge_every_single_once(raw, k, seed):
+    try: out = folds(prepare(raw), k, seed)
+    except ValueError: assume(False)
+    tested = [n for s in out for n in s.test if "+" not in n]
+    assert sorted(tested) == sorted(n for n in set(raw.obs.perturbation) if "+" not in n and n != CONTROL)
+
+
+# sets
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12), seeds)
+def test_visits_do_not_depend_on_the_step_size(n, a, b, seed):
+    long = [np.concatenate([visit(n, s, size, seed) for s in range(a * b // size)]) for size in (a, b)]
+    np.testing.assert_array_equal(*long)
+    whole = long[0][:len(long[0]) // n * n].reshape(-1, n)
+    assert (np.sort(whole) == np.arange(n)).all()
+
+
+@few
+@given(screens, st.integers(1, 6), st.integers(0, 1000), st.integers(1, 9), seeds)
+def test_a_step_is_a_pure_function(raw, m, step, size, seed):
+    cells = prepare(raw)
+    used, fresh = SetSampler(cells, m, seed), SetSampler(cells, m, seed)
+    for s in range(3): used.batch(s, size)
+    a, b = used.batch(step, size), fresh.batch(step, size)
+    assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    assert a.treated.shape == a.control.shape == (size, m, cells.n_vars) and a.group.dtype == torch.int64
+    assert all(torch.equal(x, y) for x, y in zip(used.cell_batch(step, size), fresh.cell_batch(step, size)))
+
+
+@few
+@given(screens, st.integers(1, 6), st.integers(0, 1000), seeds)
+def test_sets_match(raw, m, step, seed):
+    cells = prepare(raw); sampler = SetSampler(cells, m, seed)
+    group, treated, control = sampler.rows(step, 7)
+    obs = {k: cells.obs[k].to_numpy(str) for k in ("perturbation", "cell_type", "batch")}
+    assert (obs["perturbation"][control] == CONTROL).all()
+    assert (obs["batch"][treated] == obs["batch"][control]).all() and (obs["cell_type"][treated] == obs["cell_type"][control]).all()
+    for key in ("perturbation", "cell_type"): assert (obs[key][treated] == sampler.groups[key].to_numpy(str)[group][:, None]).all()
+    size = sampler.groups.n_cells.to_numpy()[group]
+    distinct = np.array([len(set(t)) for t in treated])
+    assert (distinct == np.minimum(size, m)).all()
+    batch = sampler.batch(step, 7)
+    np.testing.assert_array_equal(batch.treated.numpy(), dense(cells.X)[treated])
+    np.testing.assert_array_equal(batch.control_total.numpy(), cells.obs.log_total.to_numpy()[control])
+
+
+def test_training_draws_nothing_held_out():
+    cells = prepare(screen(3, singles=8, pairs=6)); s = split(cells, seed=0)
+    assert set(SetSampler(s.cells(cells, "train")).groups.perturbation) == set(s.train)
