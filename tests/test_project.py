@@ -1,0 +1,78 @@
+"The project as a whole: every notebook runs, the library is their export, the README is the index page."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if not any(x.startswith((".", "_")) for x in p.parts[len(ROOT.parts):]))
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MPLBACKEND": "agg", "TQDM_DISABLE": "1"}
+
+
+def run(*words, cwd=ROOT):
+    return subprocess.run([str(w) for w in words], cwd=cwd, env=ENV, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_notebook(path):
+    "Runs in a process of its own and prints what is stored; `slow`, `gpu` and `data` cells keep their outputs."
+    out = run(sys.executable, ".ci/notebooks.py", "compare", path)
+    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+
+
+def test_notebooks_are_clean_and_exported(tmp_path):
+    "nbdev_export and nbdev_clean change nothing."
+    copy = tmp_path / "copy"
+    for name in ("nbs", "biojepa", "settings.ini", "_quarto.yml", "README.md"):
+        subprocess.run(["cp", "-a", ROOT / name, copy / name] if copy.exists() else ["sh", "-c", f"mkdir {copy} && cp -a {ROOT / name} {copy / name}"], check=True)
+    for tool in ("nbdev_export", "nbdev_clean"):
+        out = run(Path(sys.executable).with_name(tool), cwd=copy)
+        assert out.returncode == 0, out.stderr
+    for folder in ("nbs", "biojepa"):
+        out = run("diff", "-r", "-q", "-x", "__pycache__", "-x", "sidebar.yml", "-x", ".ipynb_checkpoints", ROOT / folder, copy / folder)
+        assert out.returncode == 0, f"run nbdev_export and nbdev_clean, then commit:\n{out.stdout}"
+
+
+def test_readme_is_the_index_page():
+    out = run(sys.executable, ".ci/readme.py", "--check")
+    assert out.returncode == 0, out.stdout
+
+
+def test_library_needs_no_development_package():
+    "Users never meet nbdev or fastcore."
+    for path in (ROOT / "biojepa").glob("*.py"):
+        if path.name == "_modidx.py": continue
+        bad = [l for l in path.read_text().splitlines() if l.startswith(("import ", "from ")) and ("nbdev" in l or "fastcore" in l)]
+        assert not bad, f"{path.name}: {bad}"
+
+
+def test_killed_run_resumes_to_the_same_weights(tmp_path):
+    "kill -9 in the middle of training; the run that goes on ends where an uninterrupted one does."
+    program = tmp_path / "fit.py"
+    program.write_text(
+        "import sys, biojepa as bj\n"
+        "cells = bj.prepare(bj.simulate(n_genes=48, n_perturbations=16, cells_per_perturbation=8, seed=0), n_genes=48)\n"
+        "split = bj.split(cells, 'unseen_gene', seed=0)\n"
+        "bj.BioJEPA.fit(cells, split, features=bj.simulated_features(cells), out=sys.argv[1], progress=False, device='cpu',\n"
+        "    model=dict(width=16, layers=1, predictor_layers=1), pretraining=dict(steps=30, checkpoint_every=3),\n"
+        "    training=dict(steps=60, checkpoint_every=3, validate_every=20, patience=9, sets=4, cells=2))\n")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(sys.executable, program, whole).returncode == 0
+    process = subprocess.Popen([sys.executable, program, broken], env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
+    import time
+    from safetensors import safe_open
+    target, steps = broken / "training.safetensors", -1
+    for _ in range(3000):
+        if process.poll() is not None: break
+        if target.exists(): process.kill(); break
+        time.sleep(0.005)
+    process.wait()
+    assert process.returncode == -9, "the run ended before it could be killed; make it longer"
+    assert not (broken / "model.json").exists()
+    assert run(sys.executable, program, broken).returncode == 0
+    with safe_open(whole / "model.safetensors", "np") as a, safe_open(broken / "model.safetensors", "np") as b:
+        assert sorted(a.keys()) == sorted(b.keys())
+        different = [k for k in a.keys() if not (a.get_tensor(k) == b.get_tensor(k)).all()]
+    assert not different, different[:5]
