@@ -156,10 +156,13 @@ def _gears_step(names, share, seed):
 
 def _simulation(names, seed, test, val):
     rest, tested = _gears_step(names, 0.75 if test is None else 1 - test, seed)
-    train, chosen = _gears_step(rest, 0.9 if val is None else 1 - val, seed)
+    enough = sum(len(parts(n)) == 1 for n in rest) >= 5
+    for again in range(50):
+        train, chosen = _gears_step(rest, 0.9 if val is None else 1 - val, (seed + again) % 2**32)
+        if val == 0 or not enough or any(len(parts(n)) == 1 for n in chosen): break
     return _finish("simulation", seed, train, chosen, tested)
 
-# %% ../nbs/12_splits.ipynb #c039
+# %% ../nbs/12_splits.ipynb #c041
 def _unseen_pair(names, seed, test, val):
     "Hold out the pairs whose singles are both there; shares, when given, are of these."
     singles = {n for n in names if len(parts(n)) == 1}
@@ -170,7 +173,7 @@ def _unseen_pair(names, seed, test, val):
     held = set(pairs[:j])
     return _finish("unseen_pair", seed, [n for n in names if n not in held], pairs[k:j], pairs[:k])
 
-# %% ../nbs/12_splits.ipynb #c042
+# %% ../nbs/12_splits.ipynb #c044
 def _unseen_context(cells, seed, context, val):
     "Hold out the treated cells of one or more cell types."
     obs, rng = cells.obs, np.random.default_rng(seed)
@@ -190,7 +193,7 @@ def _unseen_context(cells, seed, context, val):
     if not test: raise ValueError(f"unseen_context: no perturbation of {', '.join(held)} was also made in another cell type")
     return Split("unseen_context", seed, tuple(train), tuple(chosen), tuple(test), groups, held, chosen_lines)
 
-# %% ../nbs/12_splits.ipynb #c044
+# %% ../nbs/12_splits.ipynb #c046
 RULES = {"unseen_gene": _unseen_gene, "simulation": _simulation, "unseen_pair": _unseen_pair}
 
 def split(
@@ -211,7 +214,7 @@ def split(
     check_split(out, cells)
     return out
 
-# %% ../nbs/12_splits.ipynb #c052
+# %% ../nbs/12_splits.ipynb #c054
 def folds(
     cells: AnnData, # prepared cells
     k: int = 5, # number of folds

@@ -123,6 +123,10 @@ def test_other_refusals():
     assert "log1p" in refused(lambda: prepare(logged))
     np.testing.assert_allclose(dense(prepare(logged, kind="log1p").X), dense(prepare(raw).X), rtol=1e-5)
     assert "already" in refused(lambda: prepare(prepare(raw)))
+    assert "'unasigned'" in refused(lambda: prepare(raw, drop=["unasigned"])) and "-1" in refused(lambda: prepare(raw, dose=-1))
+    name = raw.obs.perturbation.iloc[-1]
+    assert name not in set(prepare(raw, drop=name).obs.perturbation) and set(prepare(raw, drop=name).obs.perturbation) == set(raw.obs.perturbation) - {name}
+    assert "half=2" in refused(lambda: effects(prepare(raw), half=2), ValueError)
 
 
 def test_a_file_gives_the_same_cells(tmp_path):
@@ -227,6 +231,13 @@ def test_the_shares_of_gears(seed, singles, pairs):
     untested = [n for n in s.train + s.val if "+" in n]
     seen = set(np.random.RandomState(seed % 100).choice(sorted(genes), int(0.75 * len(genes)), replace=False))
     assert kept <= seen and len(untested) == int(0.75 * sum("+" in n and set(parts(n)) <= seen for n in names))
+
+
+@few
+@given(st.integers(0, 10**6), st.integers(6, 10), st.integers(10, 30), st.sampled_from(["simulation", "unseen_gene"]))
+def test_validation_has_a_single_to_choose_by(seed, singles, pairs, kind):
+    s = made(screen(seed, singles, pairs, cells=2), kind, seed % 100)
+    if sum("+" not in n for n in s.train + s.val) >= 5: assert any("+" not in n for n in s.val)
 
 
 @few
