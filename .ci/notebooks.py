@@ -76,7 +76,7 @@ def main():
     p.add_argument("paths", nargs="*")
     p.add_argument("--flags", default="")
     p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    a = p.parse_args()
+    a = p.parse_intermixed_args()
     paths = [Path(x).resolve() for x in a.paths] or sorted((ROOT / "nbs").rglob("*.ipynb"))
     if a.one: return sys.exit(run_one(paths[0], a.mode, a.flags.split(",")))
     cmd = lambda x: subprocess.run([sys.executable, __file__, a.mode, str(x), "--flags", a.flags, "--one"],

@@ -23,6 +23,7 @@ def blocks(nb):
         if not source.startswith(HIDDEN): out.append(f"```python\n{source}\n```")
         for o in cell["outputs"]:
             data = o.get("data", {})
+            if "text/markdown" in data: out.append("".join(data["text/markdown"]))
             if "image/png" in data:
                 name = f"nbs/images/index-{len(pictures)}.png"
                 pictures[name] = base64.b64decode(data["image/png"])

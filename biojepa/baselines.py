@@ -90,7 +90,7 @@ class RidgeEffects(Baseline):
     "scikit-learn's Ridge from features to effects. Without features it is the mean."
     def learn(self, cells, features):
         table = as_table(features)
-        self.table = table if table is None or table.fitted_on else table.fit(self.split.train)
+        self.table = table if table is None or table.fitted_on is not None else table.fit(self.split.train)
         if self.table is None: return
         self.split.check_features(self.table)
         x, y = self._inputs(self.observed.index), self.observed.values

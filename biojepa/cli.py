@@ -75,10 +75,10 @@ def budget(
     quick: bool = False, # a smoke test, not a result
 ) -> dict: # preset -> arguments of fit
     "Steps of both stages for each preset, so that a demo ends within about five to ten minutes on two cores."
-    share = 0.04 if quick else 1.0 if n_fits == 1 else 0.3
+    share = 0.04 if quick else 1.0 if n_fits == 1 else 0.25
     steps = lambda n: max(4, int(n * share))
-    base = dict(pretraining=dict(steps=steps(200)), training=dict(steps=steps(240), validate_every=max(4, steps(40)), patience=3))
-    return {"base": base, "v0_3": dict(pretraining=dict(steps=steps(80)), training=dict(steps=steps(120)))}
+    base = dict(pretraining=dict(steps=steps(160)), training=dict(steps=steps(160), validate_every=max(4, steps(40)), patience=2, sets=12))
+    return {"base": base, "v0_3": dict(pretraining=dict(steps=steps(80)), training=dict(steps=steps(120), sets=12))}
 
 # %% ../nbs/80_cli.ipynb #c013
 def simulated_screen(quick, seed):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 # %% ../nbs/43_estimator.ipynb #c004
-from .cells import CONTROL, MODES, BadCells, check, dense, effects, join_parts, parts
+from .cells import CONTROL, MODES, BadCells, check, dense, effects, gene_hash, join_parts, parts
 from .featurizers import FeatureTable, as_table, encode_actions
 from .model import ModelConfig, build, configure
 from .perturbations import Action, actions_of
@@ -62,7 +62,7 @@ def _fit_table(features, split):
     "The table, fitted on training targets, or None; raises Leak when it was fitted on held-out ones."
     table = as_table(features)
     if table is None: return None
-    if not table.fitted_on: table = table.fit(_targets(split.train))
+    if table.fitted_on is None: table = table.fit(_targets(split.train))
     split.check_features(table)
     return table
 
@@ -98,7 +98,7 @@ def _fit(cls,
     dims = dict(feature_dims=tuple(table.dims.values())) if table is not None and preset != "v0_3" else {}
     config = configure(preset, cells.n_vars, **{**SMALL, **dims, **(model or {})})
     self = cls(build(config, seed), cells.var_names)
-    self.split, self.table, self.seed, self.gene_hash = split, table, seed, cells.uns["biojepa"]["genes_hash"]
+    self.split, self.table, self.seed, self.gene_hash = split, table, seed, gene_hash(cells.var_names)
     groups = seen.obs[seen.obs.perturbation != CONTROL]
     self.modes = {p: m for n, m in zip(groups.perturbation, groups["mode"]) for p in parts(n)}
     _reference(self.model, seen)
@@ -189,9 +189,9 @@ def _contexts(self: BioJEPA,
 ) -> dict: # cell type -> (tensors x [1, n, G], log_total [1, n])
     "Seeded samples of control cells."
     out, control = {}, (cells.obs.perturbation == CONTROL).values
+    self._control_means(cells, cell_types)                                   # refuses a context without controls
     for c in dict.fromkeys(cell_types):
         rows = np.flatnonzero(control & (cells.obs.cell_type == c).values)
-        if not len(rows): raise BadCells(f"no control cells of cell type {c!r}: a prediction starts from them; have {sorted(set(cells.obs.cell_type[control]))}")
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:n])
         x, total = dense(cells.X[rows]), cells.obs.log_total.values[rows].astype(np.float32)
         out[c] = torch.tensor(x)[None], torch.tensor(total)[None]
@@ -293,6 +293,8 @@ BioJEPA.spread = 1.0 # standard deviation before calibration when there is no fl
 def _control_means(self: BioJEPA, cells, cell_types):
     "Mean control expression per context, from the cells at hand."
     control = cells[(cells.obs.perturbation == CONTROL).values]
+    absent = sorted(set(cell_types) - set(control.obs.cell_type))
+    if absent: raise BadCells(f"no control cells of cell type {absent[0]!r}: a prediction starts from them; have {sorted(set(control.obs.cell_type))}")
     return {c: dense(control[(control.obs.cell_type == c).values].X).mean(0) for c in dict.fromkeys(cell_types)}
 
 BioJEPA._control_means = _control_means
@@ -307,10 +309,9 @@ def _action(self: BioJEPA, name, mode, dose):
 def _support(self: BioJEPA, names):
     "How near each action is to the training actions, 0 to 1; the worst part counts. A seen target is 1."
     seen = set(_targets(self.split.train)) if self.split else set()
-    def one(target):
-        if target in seen or target == CONTROL: return 1.0
-        return float(self.table.support(sorted(seen), [target])[0]) if self.table is not None else 0.0
-    score = {t: one(t) for t in {p for n in names for p in parts(n)}}
+    asked = _targets(names)
+    near = self.table.support(sorted(seen), asked) if self.table is not None and asked else np.zeros(len(asked))
+    score = {t: 1.0 if t in seen else float(s) for t, s in zip(asked, near)}
     return [min((score[p] for p in parts(n)), default=1.0) for n in names]
 
 BioJEPA._action, BioJEPA._support = _action, _support

@@ -6,34 +6,44 @@
 __all__ = ['METRICS', 'SEED', 'Case', 'Metric', 'metric', 'pearson_rows', 'pearson_delta', 'pearson_pert', 'pearson_delta_top20',
            'mse', 'rank', 'global_mse', 'pearson_top20', 'r2_all', 'r2_top50', 'mean_shift', 'bootstrap_interval']
 
-# %% ../nbs/51_metrics.ipynb #c003
+# %% ../nbs/51_metrics.ipynb #c006
 from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/51_metrics.ipynb #c006
+# %% ../nbs/51_metrics.ipynb #c008
 @dataclass
 class Case:
-    "Predictions and truth of P perturbations; effects are changes of log1p of counts per 10,000."
-    predicted: np.ndarray            # [P, G] predicted effects
-    observed: np.ndarray             # [P, G] observed effects
-    centre: np.ndarray               # [G] mean of the training effects
+    "Predictions and truth of P perturbations in one cell type; effects are changes of log1p of counts per 10,000."
+    predicted: np.ndarray             # [P, G] predicted effects
+    observed: np.ndarray              # [P, G] observed effects
+    centre: np.ndarray                # [G] mean of the training effects
     targets: np.ndarray | None = None # [P, G] bool: the perturbed genes themselves
-    control: np.ndarray | None = None # [C, G] control cells, for the per-cell columns
-    treated: list | None = None      # P arrays [n, G] of treated cells, for the per-cell columns
+    control: list | None = None       # P arrays [n, G]: a control cell for every treated one
+    treated: list | None = None       # P arrays [n, G] of treated cells
 
+    def __len__(self): return len(self.observed)
+    def beyond(self, effects):
+        "Effects minus the training mean [P, G]; what equals the mean up to rounding is exactly 0."
+        out = effects - self.centre
+        tiny = np.linalg.norm(out, axis=1) <= 1e-5 * np.linalg.norm(self.centre)
+        return np.where(tiny[:, None], 0.0, out)
+
+# %% ../nbs/51_metrics.ipynb #c010
 @dataclass(frozen=True)
 class Metric:
     "One entry of the registry."
     name: str
-    function: Callable  # Case -> [P]
-    definition: str     # in words and a formula, with its source
-    best: str           # 'high' or 'low'
+    function: Callable        # Case -> [P]
+    definition: str           # in words and a formula, with its source
+    best: str                 # 'high', 'low', or '' for what is no score
     unit: str
-    floor: str = "shuffled"  # what no skill is: 'shuffled' names, or 'no_change'
+    floor: str = "shuffled"   # what no skill is: 'shuffled' names, or 'no_change'
+    ceiling: float = 1.0      # what the score of one half against the other is multiplied with
     seed_column: bool = False # one of the old columns that flatter; shown beside no_change
+    level: str = "perturbation"
 
 METRICS: dict[str, Metric] = {}
 
@@ -44,20 +54,20 @@ def metric(name, definition, best="high", unit="correlation", **kwargs):
         return function
     return add
 
-# %% ../nbs/51_metrics.ipynb #c008
+# %% ../nbs/51_metrics.ipynb #c012
 def pearson_rows(a, b):
     "Pearson correlation of matching rows [P, G]; a constant row counts 0, since it tells no gene from another."
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     na, nb = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    return np.where((na > 1e-9) & (nb > 1e-9), (a * b).sum(1) / np.maximum(na * nb, 1e-12), 0.0)
+    return np.where((na > 1e-9) & (nb > 1e-9), (a * b).sum(1) / np.maximum(na * nb, 1e-18), 0.0)
 
 @metric("pearson_delta", "Pearson correlation over genes of predicted and observed effect: r(d_hat, d). Rewards knowing what all perturbations share (Roohani et al. 2024).")
 def pearson_delta(case): return pearson_rows(case.predicted, case.observed)
 
 @metric("pearson_pert", "The same after both sides lose the mean of the training effects: r(d_hat - m, d - m). Zero for anyone who only knows the mean (Wu et al. 2024).")
-def pearson_pert(case): return pearson_rows(case.predicted - case.centre, case.observed - case.centre)
+def pearson_pert(case): return pearson_rows(case.beyond(case.predicted), case.beyond(case.observed))
 
-# %% ../nbs/51_metrics.ipynb #c013
+# %% ../nbs/51_metrics.ipynb #c021
 def _top(observed, k):
     "Numbers of the k genes with the largest observed effect, per row [P, k]."
     return np.argsort(-np.abs(observed), axis=1, kind="stable")[:, :k]
@@ -67,61 +77,55 @@ def pearson_delta_top20(case):
     top = _top(case.observed, 20)
     return pearson_rows(np.take_along_axis(case.predicted, top, 1), np.take_along_axis(case.observed, top, 1))
 
-@metric("mse", "Mean over genes of (d_hat - d)^2. In squared log1p units; no change is the number to beat.", best="low", unit="log1p^2", floor="no_change")
+@metric("mse", "Mean over genes of (d_hat - d)^2. Floor: no change. Ceiling: a quarter of the error between halves, which is the noise of the observed effect.", best="low", unit="log1p^2", floor="no_change", ceiling=0.25)
 def mse(case): return ((case.predicted - case.observed)**2).mean(1)
 
-# %% ../nbs/51_metrics.ipynb #c016
-@metric("rank", "Share of the other tested perturbations whose observed effect is less similar (cosine beyond the training mean, perturbed genes left out) to the prediction than the true one. 1 is best, 0.5 is chance.", unit="share")
+# %% ../nbs/51_metrics.ipynb #c026
+def _unit(x): return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+@metric("rank", "Share of the other tested perturbations of the cell type whose observed effect is less similar (cosine beyond the training mean, all tested target genes left out) to the prediction than the true one. 1 is best, 0.5 is chance; ties count half.", unit="share")
 def rank(case):
-    keep = np.ones(case.observed.shape[1], bool) if case.targets is None else ~case.targets.any(0)
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    cosine = unit((case.predicted - case.centre)[:, keep]) @ unit((case.observed - case.centre)[:, keep]).T
-    if len(cosine) < 2: return np.full(len(cosine), 0.5)
+    if len(case) < 2: return np.full(len(case), np.nan)
+    keep = slice(None) if case.targets is None else ~case.targets.any(0)
+    cosine = _unit(case.beyond(case.predicted)[:, keep]) @ _unit(case.beyond(case.observed)[:, keep]).T   # [P, P]
     true = np.diag(cosine)[:, None]
-    less = (cosine < true - 1e-9).sum(1) + 0.5 * ((np.abs(cosine - true) <= 1e-9).sum(1) - 1)
-    return less / (len(cosine) - 1)
+    tie = np.abs(cosine - true) <= 1e-9
+    return ((cosine < true - 1e-9).sum(1) + 0.5 * (tie.sum(1) - 1)) / (len(case) - 1)
 
-# %% ../nbs/51_metrics.ipynb #c019
-def _cells_against(case, p):
-    "Predicted cells (control plus effect) and as many treated cells of perturbation p."
-    treated = case.treated[p]
-    control = case.control[np.arange(len(treated)) % len(case.control)]
-    return np.maximum(control + case.predicted[p], 0), treated
-
-def _r2(case, p, genes=slice(None)):
-    "R2 over genes of the mean of the predicted and of the treated cells."
-    predicted, treated = _cells_against(case, p)
-    a, b = predicted.mean(0)[genes], treated.mean(0)[genes]
-    return 1 - ((a - b)**2).sum() / max(((b - b.mean())**2).sum(), 1e-12)
-
-def _each(case, f): return np.array([f(p) for p in range(len(case.observed))]) if case.treated else np.full(len(case.observed), np.nan)
+# %% ../nbs/51_metrics.ipynb #c033
+def _each(case, f):
+    "f(predicted cells, treated cells, p) per perturbation [P]; a predicted cell is a control cell plus the predicted effect. NaN without cells."
+    if case.treated is None: return np.full(len(case), np.nan)
+    return np.array([f(c + d, t, p) for p, (c, d, t) in enumerate(zip(case.control, case.predicted, case.treated))])
 
 SEED = dict(floor="no_change", seed_column=True)
 
-@metric("global_mse", "Mean squared difference of predicted and treated cells, paired at random, over cells and genes. Mostly the noise of counting.", best="low", unit="log1p^2", **SEED)
-def global_mse(case): return _each(case, lambda p: np.mean(np.subtract(*_cells_against(case, p))**2))
+@metric("global_mse", "Mean over cells and genes of (x_hat - x)^2; x_hat = a control cell of the same batch + d_hat, x = a treated cell. Mostly the noise of counting.", best="low", unit="log1p^2", **SEED)
+def global_mse(case): return _each(case, lambda a, b, p: np.mean((a - b)**2))
 
-@metric("pearson_top20", "Pearson correlation in expression of mean predicted and mean treated cell over the 20 genes that change most. High for no change, since expression, not change, is correlated.", **SEED)
+@metric("pearson_top20", "Mean over cells of the Pearson correlation of predicted and treated cell over the 20 genes with the largest observed effect. Cells resemble cells, so no change scores high.", **SEED)
 def pearson_top20(case):
     top = _top(case.observed, 20)
-    def one(p):
-        predicted, treated = _cells_against(case, p)
-        return pearson_rows(predicted.mean(0)[None, top[p]], treated.mean(0)[None, top[p]])[0]
-    return _each(case, one)
+    return _each(case, lambda a, b, p: pearson_rows(a[:, top[p]], b[:, top[p]]).mean())
 
-# %% ../nbs/51_metrics.ipynb #c020
-@metric("r2_all", "R2 in expression over all genes, of the mean cells. Printed as mean and median over perturbations.", unit="R2", **SEED)
-def r2_all(case): return _each(case, lambda p: _r2(case, p))
+# %% ../nbs/51_metrics.ipynb #c034
+def _r2(a, b):
+    "R2 over genes of the mean predicted and the mean treated cell."
+    a, b = a.mean(0), b.mean(0)
+    return 1 - ((a - b)**2).sum() / max(((b - b.mean())**2).sum(), 1e-12)
 
-@metric("r2_top50", "R2 in expression over the 50 genes with the largest true effect. Printed as mean and median over perturbations.", unit="R2", **SEED)
+@metric("r2_all", "R2 over all genes of the mean predicted and the mean treated cell, in expression. Printed as mean and as median over perturbations (Lotfollahi et al. 2023).", unit="R2", **SEED)
+def r2_all(case): return _each(case, lambda a, b, p: _r2(a, b))
+
+@metric("r2_top50", "R2 as above over the 50 genes with the largest observed effect.", unit="R2", **SEED)
 def r2_top50(case):
     top = _top(case.observed, 50)
-    return _each(case, lambda p: _r2(case, p, top[p]))
+    return _each(case, lambda a, b, p: _r2(a[:, top[p]], b[:, top[p]]))
 
-@metric("mean_shift", "Mean absolute predicted change per gene. Not a score: 0 says that the model predicts no change at all.", unit="log1p", **SEED)
+@metric("mean_shift", "Mean over genes of |d_hat|, the predicted change. No score: 0 says that the model predicts no change at all.", best="", unit="log1p", **SEED)
 def mean_shift(case): return np.abs(case.predicted).mean(1)
 
-# %% ../nbs/51_metrics.ipynb #c024
+# %% ../nbs/51_metrics.ipynb #c040
 def bootstrap_interval(
     values: np.ndarray, # [P] one value per perturbation
     n: int = 1000, # resamples

@@ -20,13 +20,14 @@ def plot_scores(
 ): # the matplotlib Figure
     "Models against metrics, with interval, floor and ceiling."
     metrics = [m for m in metrics if m in set(table.metric)]
-    groups, models = list(dict.fromkeys(table.split)), list(dict.fromkeys(table.model))[::-1]
+    order = ["unseen_gene", "pair_seen2", "pair_seen1", "pair_seen0"]
+    groups = sorted(set(table.split), key=lambda s: order.index(s) if s in order else 9)
+    models = list(dict.fromkeys(table.model))[::-1]
     figure, axes = plt.subplots(len(groups), len(metrics), squeeze=False, sharey=True, sharex="col",
                                 figsize=(2.9 * len(metrics) + 0.6, (0.26 * len(models) + 0.5) * len(groups) + 0.5), layout="constrained")
+    for ax, metric in zip(axes[0], metrics): ax.set_title(metric)
     for group, row in zip(groups, axes):
-        for metric, ax in zip(metrics, row):
-            _panel(ax, table[(table.split == group) & (table.metric == metric)].set_index("model"), models)
-            if row is axes[0]: ax.set_title(metric)
+        for metric, ax in zip(metrics, row): _panel(ax, table[(table.split == group) & (table.metric == metric)].set_index("model"), models)
         row[0].set_ylabel(f"{group}\n(n = {table[table.split == group].n.max()})")
     sns.despine(figure, left=True)
     return figure

@@ -47,6 +47,7 @@ def write_atomic(
     os.close(handle)
     try:
         write(temporary)
+        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

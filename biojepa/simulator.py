@@ -6,7 +6,7 @@
 __all__ = ['REGULATORS', 'ABUNDANCE', 'RADIUS', 'AMPLITUDE', 'OUTPUT', 'GAIN', 'CLAMP', 'HILL', 'STRESS', 'Network',
            'draw_network', 'steady_state', 'simulate', 'network_of', 'simulated_features', 'true_effects']
 
-# %% ../nbs/11_simulator.ipynb #c002
+# %% ../nbs/11_simulator.ipynb #c003
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -14,10 +14,10 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-# %% ../nbs/11_simulator.ipynb #c003
+# %% ../nbs/11_simulator.ipynb #c004
 from .cells import CONTROL, join_parts, parts
 
-# %% ../nbs/11_simulator.ipynb #c004
+# %% ../nbs/11_simulator.ipynb #c007
 @dataclass
 class Network:
     "The truth behind a simulated screen. Levels are log expression relative to a gene's base."
@@ -33,10 +33,11 @@ class Network:
     drugs: np.ndarray        # [M, G] share of each gene's activity that each drug can inhibit
     half: np.ndarray         # [M] dose of half effect
 
+# share of regulators, sd of log abundance, spectral radius of the feedback, size of a level in log expression, gain towards genes that regulate nothing
 REGULATORS, ABUNDANCE, RADIUS, AMPLITUDE, OUTPUT = 0.3, 2.5, 1.1, 1.0, 4.0
 GAIN, CLAMP, HILL = 1.6, {"CRISPRi": -2.2, "CRISPRko": -3.0, "CRISPRa": 1.5, "overexpression": 2.0}, 1.2
 
-# %% ../nbs/11_simulator.ipynb #c005
+# %% ../nbs/11_simulator.ipynb #c008
 def draw_network(
     n_genes: int, # G
     cell_types: int, # T
@@ -59,7 +60,7 @@ def draw_network(
 
 def _dress(weights, regulators, modules, T, M, rng):
     "Everything of a network that is not its edges."
-    G, (genes, _) = len(modules), weights.shape
+    G = len(modules)
     base = rng.normal(0, 0.3, G) + np.vstack([np.zeros(G), rng.normal(0, 0.6, (T - 1, G))])
     edges = np.ones((T, *weights.shape), bool)
     edges[1:] = rng.random((T - 1, *weights.shape)) > 0.2
@@ -70,7 +71,7 @@ def _dress(weights, regulators, modules, T, M, rng):
     for row in drugs: row[rng.choice(regulators, min(3, len(regulators)), replace=False)] = rng.uniform(0.5, 1, min(3, len(regulators)))
     return Network(weights, regulators, modules, base, edges, rng.normal(0, ABUNDANCE, G), essentiality, stress, programmes, drugs, 10**rng.uniform(-0.5, 0.5, M))
 
-# %% ../nbs/11_simulator.ipynb #c006
+# %% ../nbs/11_simulator.ipynb #c012
 def steady_state(
     network: Network,
     drive: np.ndarray, # [N, G] what pushes each gene of each cell
@@ -94,7 +95,7 @@ def _active(s, activity):
     out = np.tanh(s)
     return out if activity is None else out * activity.astype(np.float32)
 
-# %% ../nbs/11_simulator.ipynb #c007
+# %% ../nbs/11_simulator.ipynb #c016
 def _intervene(network, names, targets, mode, dose, hit, rng=None):
     "Clamps [N, G], stress [N] and activity [N, R] of cells that got `targets`; `hit` [N, A] says whether each guide worked."
     N, G = len(hit), len(network.modules)
@@ -107,7 +108,7 @@ def _intervene(network, names, targets, mode, dose, hit, rng=None):
             stress += hit[:, a] * level * (network.drugs[d] @ network.essentiality)
             continue
         g = names[target]
-        level = CLAMP[mode] * (1 - 2.0**-dose if dose < 1 else 0.5) * 2 if dose < 1 else CLAMP[mode]
+        level = CLAMP[mode] * min(dose, 1.0)
         spread = rng.normal(0, 0.3, N) if rng is not None else 0.0
         clamp[:, g] = np.where(hit[:, a], level + spread, clamp[:, g])
         stress += hit[:, a] * network.essentiality[g] * (level < 0)
@@ -121,7 +122,7 @@ def _levels(network, names, targets, mode, dose, hit, cell_type, noise, rng=None
     drive = network.base[cell_type] + noise + STRESS * np.tanh(stress)[:, None] * network.stress
     return steady_state(network, drive, cell_type, clamp, activity)
 
-# %% ../nbs/11_simulator.ipynb #c008
+# %% ../nbs/11_simulator.ipynb #c019
 def _counts(levels, network, depth, batch, size_sd, dispersion, rng):
     "Negative-binomial counts: a gamma-Poisson around each cell's share of its library."
     rate = np.exp(np.clip(network.abundance + AMPLITUDE * levels + batch, -9, 8))
@@ -142,7 +143,7 @@ def _plan(network, n_perturbations, n_doubles, n_drugs, doses, modes, rng):
         if name not in {r[0] for r in rows}: rows.append((name, mode, 1.0))
     return rows + [(f"DRUG{d}", "drug", float(dose)) for d in range(n_drugs) for dose in doses]
 
-# %% ../nbs/11_simulator.ipynb #c009
+# %% ../nbs/11_simulator.ipynb #c020
 def _features(network, strength, rng, n_drugs):
     "Features of every gene and drug: projections of the linear response profile, module and essentiality, plus noise and a large shared mean."
     G, R = len(network.modules), network.regulators
@@ -157,7 +158,19 @@ def _features(network, strength, rng, n_drugs):
     signal = np.hstack([block(profile / (np.abs(profile).max() + 1e-9), 32), 0.7 * block(module, 20), 0.7 * block(np.tanh(essential), 12)])
     return (strength * signal + rng.normal(size=signal.shape) + 3.2 * rng.normal(size=signal.shape[1])).astype(np.float32)
 
-# %% ../nbs/11_simulator.ipynb #c010
+# %% ../nbs/11_simulator.ipynb #c022
+def _cells(network, name, mode, dose, cell_type, n, batches, settings, rng):
+    "Counts [n, G] and obs of one condition."
+    G, targets = len(network.modules), parts(name)
+    hit = rng.random((n, max(1, len(targets)))) >= settings["guide_failure"]
+    noise = rng.normal(0, settings["intrinsic"], (n, G)) + rng.normal(size=(n, len(network.programmes))) @ network.programmes
+    batch = np.arange(n) % len(batches)
+    levels = _levels(network, {f"GENE{g}": g for g in range(G)}, targets, mode, dose, hit, cell_type, noise, rng)
+    counts = _counts(levels, network, settings["depth"] * G, batches[batch], 0.35, settings["dispersion"], rng)
+    return counts, pd.DataFrame(dict(perturbation=name, mode=mode, dose=dose, time=np.nan, cell_type=f"LINE{cell_type}", batch=batch.astype(str),
+                                     guide_failed=~hit.any(1) & (name != CONTROL)))
+
+# %% ../nbs/11_simulator.ipynb #c023
 def simulate(
     n_genes: int = 512, # G
     n_perturbations: int = 200, # single genes that are perturbed; the strongest ones
@@ -184,24 +197,18 @@ def simulate(
     plan = _plan(network, min(n_perturbations, n_genes), n_doubles, n_drugs, doses, modes, rng)
     features, batches = _features(network, feature_strength, rng, n_drugs), rng.normal(0, batch_sd, (n_batches, n_genes))
     n_controls = n_controls or max(200, len(plan) * cells_per_perturbation // 10)
-    names, blocks, obs = {f"GENE{g}": g for g in range(n_genes)}, [], []
+    settings = dict(intrinsic=intrinsic, depth=depth, guide_failure=guide_failure, dispersion=dispersion, seed=seed)
+    blocks, obs = [], []
     for t in range(cell_types):
         for name, mode, dose in [(CONTROL, CONTROL, 0.0), *plan]:
-            N, targets = n_controls if name == CONTROL else cells_per_perturbation, parts(name)
-            hit = rng.random((N, max(1, len(targets)))) > guide_failure
-            noise = rng.normal(0, intrinsic, (N, n_genes)) + rng.normal(size=(N, len(network.programmes))) @ network.programmes
-            batch = np.arange(N) % n_batches
-            levels = _levels(network, names, targets, mode, dose, hit, t, noise, rng)
-            blocks.append(_counts(levels, network, depth * n_genes, batches[batch], 0.35, dispersion, rng))
-            obs.append(pd.DataFrame(dict(perturbation=name, mode=mode, dose=dose, time=np.nan, cell_type=f"LINE{t}", batch=batch.astype(str),
-                                         guide_failed=~hit.any(1) & (name != CONTROL))))
+            n = n_controls if name == CONTROL else cells_per_perturbation
+            counts, table = _cells(network, name, mode, dose, t, n, batches, settings, rng)
+            blocks.append(counts); obs.append(table)
     obs = pd.concat(obs, ignore_index=True); obs.index = "cell" + obs.index.astype(str)
     var = pd.DataFrame(index=[f"GENE{g}" for g in range(n_genes)])
-    truth = {f.name: getattr(network, f.name) for f in network.__dataclass_fields__.values()}
-    settings = dict(intrinsic=intrinsic, depth=depth, guide_failure=guide_failure, dispersion=dispersion, seed=seed)
-    return AnnData(sparse.vstack(blocks).tocsr(), obs=obs, var=var, uns={"truth": {**truth, "features": features, "settings": settings}})
+    return AnnData(sparse.vstack(blocks).tocsr(), obs=obs, var=var, uns={"truth": {**network.__dict__, "features": features, "settings": settings}})
 
-# %% ../nbs/11_simulator.ipynb #c011
+# %% ../nbs/11_simulator.ipynb #c027
 def network_of(
     cells: AnnData, # simulated, raw or prepared
 ) -> Network:
