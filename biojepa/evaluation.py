@@ -64,14 +64,22 @@ def _keys(data):
     return pd.DataFrame({"perturbation": np.asarray(name, str), "cell_type": np.asarray(line, str) if not isinstance(line, str) else line})
 
 # %% ../nbs/52_evaluation.ipynb #c013
-def _case(cells, split, truth, predicted, observed=None, mean=None):
+def _case(cells, split, truth, predicted, mean):
     "The bundle that metrics take."
     index = {g: i for i, g in enumerate(truth.var_names)}
     targets = np.zeros(truth.shape, bool)
     for row, name in zip(targets, truth.obs.perturbation): row[[index[p] for p in parts(name) if p in index]] = True
-    control = cells[((cells.obs.perturbation == CONTROL) & cells.obs.cell_type.isin(truth.obs.cell_type)).values]
-    treated = [dense(cells[((cells.obs.perturbation == p) & (cells.obs.cell_type == c)).values].X) for p, c in zip(truth.obs.perturbation, truth.obs.cell_type)]
-    return Case(predicted, np.asarray(truth.X if observed is None else observed, dtype=np.float64), mean, targets, dense(control.X), treated)
+    control, treated = zip(*[_cells_of(cells, p, c) for p, c in zip(truth.obs.perturbation, truth.obs.cell_type)])
+    return Case(predicted, np.asarray(truth.X, dtype=np.float64), mean, targets, list(control), list(treated))
+
+def _cells_of(cells, name, cell_type):
+    "Treated cells of a perturbation and, for each of them, a control cell of its batch: two arrays [n, G]."
+    rng, here = np.random.default_rng(0), (cells.obs.cell_type == cell_type).values
+    treated, control = (np.flatnonzero(here & (cells.obs.perturbation == n).values) for n in (name, CONTROL))
+    batch = cells.obs.batch.values
+    pools = {b: control[batch[control] == b] for b in set(batch[treated])}
+    chosen = [rng.choice(pools[b] if len(pools[b]) else control) for b in batch[treated]]
+    return dense(cells.X[chosen]), dense(cells.X[treated])
 
 def shuffled_scores(case, function, n=10):
     "Mean score of answers under other names: cyclic shifts of the true effects."
@@ -92,14 +100,14 @@ def score_fold(
     "Every metric of every predictor on the test perturbations; `floor` and `ceiling` are two more rows."
     truth, first, second = held_out_truth(cells, split, seed)
     mean = effects(split.cells(cells, "train")).X.mean(0)
-    case = _case(cells, split, truth, np.zeros(truth.shape), mean=mean)
+    case = _case(cells, split, truth, np.zeros(truth.shape), mean)
     out = {("model", n): _with(case, answers(p, cells, truth)) for n, p in predictors.items()}
     halves = Case(np.asarray(first.X, float), np.asarray(second.X, float), mean, case.targets, case.control, case.treated)
     rows = []
     for metric in METRICS.values():
         values = {n: metric.function(c) for (_, n), c in out.items()}
         values["floor"] = metric.function(case) if metric.floor == "no_change" else shuffled_scores(case, metric.function)
-        values["ceiling"] = metric.function(halves)
+        values["ceiling"] = metric.ceiling * metric.function(halves)
         for name, v in values.items():
             rows.append(pd.DataFrame(dict(model=name, perturbation=truth.obs.perturbation.values, cell_type=truth.obs.cell_type.values,
                                           split=[split.groups[p] for p in truth.obs.perturbation], metric=metric.name, value=v)))
