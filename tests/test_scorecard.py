@@ -1,0 +1,251 @@
+"Baselines, metrics and the scorecard: laws that hold for any screen, on small simulated ones."
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from hypothesis import given, settings, strategies as st
+
+from biojepa.baselines import BASELINES, Additive, Mean, RidgeEffects, beyond, in_context, pearson_rows, training_effects, training_mean
+from biojepa.cells import effects, parts, prepare
+from biojepa.evaluation import Card, answers, held_out, observed_effects, score_fold, scorecard
+from biojepa.metrics import METRICS, Case, bootstrap_interval
+from biojepa.plots import plot_effect, plot_scores
+from biojepa.simulator import simulate, simulated_features
+from biojepa.splits import Leak, folds, split
+
+SCORES = ["pearson_delta", "pearson_pert", "pearson_delta_top20", "rank"]
+
+
+@pytest.fixture(scope="module")
+def screen():
+    cells = prepare(simulate(n_genes=100, n_perturbations=50, n_doubles=16, cells_per_perturbation=20, seed=0), n_genes=100)
+    return cells, simulated_features(cells), split(cells, "simulation", seed=0)
+
+
+@pytest.fixture(scope="module")
+def truth(screen):
+    cells, _, fold = screen
+    return effects(cells)[list(fold.test)].to_df()
+
+
+@pytest.fixture(scope="module")
+def card(screen, truth):
+    cells, features, fold = screen
+    wrong, groups = truth.copy(), pd.Series(fold.groups)
+    for g in set(groups[list(fold.test)]):
+        names = [n for n in fold.test if groups[n] == g]
+        wrong.loc[names] = np.roll(truth.loc[names], 1, 0)
+    return scorecard(cells, fold, {"perfect": truth, "wrong names": wrong}, features=features, n_boot=200)
+
+
+def arrays(p, g, seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(p, g)), rng.normal(size=(p, g)), rng.normal(size=g)
+
+
+# baselines
+
+def test_baselines_are_blind_to_test_cells(screen):
+    cells, features, fold = screen
+    spoiled = cells.copy()
+    spoiled.X = spoiled.X.toarray()
+    spoiled.X[fold.mask(cells, "test")] = 7
+    for kind in BASELINES.values():
+        a, b = (kind().fit(c, fold, features).predict(cells, fold.test).X for c in (cells, spoiled))
+        assert np.array_equal(a, b)
+
+
+def test_every_baseline_answers_like_a_model(screen):
+    cells, features, fold = screen
+    for kind in BASELINES.values():
+        out = kind().fit(cells, fold, features).predict(cells, [*fold.test, "control"])
+        assert list(out.obs.perturbation) == [*fold.test, "control"] and list(out.var_names) == list(cells.var_names)
+        assert not out["control"].X.any() and np.array_equal(out.X, out.layers["delta"])
+
+
+def test_additive_is_additive_and_needs_no_order(screen):
+    cells, _, fold = screen
+    model = Additive().fit(cells, fold)
+    a, b, c = [n for n in fold.train if "+" not in n][:3]
+    one, two, three, all_ = (model.predict(cells, n).X for n in (a, b, c, f"{c}+{a}+{b}"))
+    assert np.allclose(one + two + three, all_, atol=1e-5)
+
+
+def test_ridge_with_noise_for_features_is_near_the_mean(screen):
+    cells, _, fold = screen
+    genes = list(cells.var_names)
+    noise = pd.DataFrame(np.random.default_rng(0).normal(size=(len(genes), 8)), index=genes)
+    mean, ridge = (k().fit(cells, fold, noise).predict(cells, fold.test).X for k in (Mean, RidgeEffects))
+    assert np.corrcoef(mean.ravel(), ridge.ravel())[0, 1] > 0.5
+
+
+def test_a_new_cell_type_is_answered_by_the_others():
+    cells = prepare(simulate(n_genes=40, n_perturbations=12, cells_per_perturbation=8, cell_types=2, seed=1), n_genes=40)
+    across = split(cells, "unseen_context", context="LINE1")
+    observed = training_effects(cells, across)
+    assert set(observed.index.get_level_values(0)) == {"LINE0"} and in_context(observed, "LINE1").equals(in_context(observed, "LINE0"))
+    assert np.allclose(Mean().fit(cells, across).predict(cells, across.test, "LINE1").X, training_mean(observed, ["LINE0"]), atol=1e-6)
+
+
+# metrics
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 12), st.integers(25, 60), st.integers(0, 10**6))
+def test_metrics_have_their_best_value_for_the_truth(p, g, seed):
+    _, observed, centre = arrays(p, g, seed)
+    case = Case(observed, observed, centre)
+    for name in SCORES: assert np.allclose(METRICS[name].function(case), 1)
+    assert not METRICS["mse"].function(case).any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 12), st.integers(25, 60), st.integers(0, 10**6), st.floats(0.01, 100))
+def test_correlations_ignore_size_and_order_of_genes(p, g, seed, scale):
+    predicted, observed, centre = arrays(p, g, seed)
+    order = np.random.default_rng(seed).permutation(g)
+    case = Case(predicted, observed, centre)
+    stretched = Case(centre + scale * (predicted - centre), observed, centre)
+    mixed = Case(predicted[:, order], observed[:, order], centre[order])
+    for name in ("pearson_pert", "rank"): assert np.allclose(METRICS[name].function(case), METRICS[name].function(stretched))
+    for name in SCORES + ["mse"]: assert np.allclose(METRICS[name].function(case), METRICS[name].function(mixed))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 12), st.integers(25, 60), st.integers(0, 10**6))
+def test_who_knows_only_the_mean_knows_nothing_beyond_it(p, g, seed):
+    _, observed, centre = arrays(p, g, seed)
+    case = Case(np.tile(centre, (p, 1)).astype(np.float32), observed, centre)
+    assert not METRICS["pearson_pert"].function(case).any() and (METRICS["rank"].function(case) == 0.5).all()
+
+
+def test_rank_of_noise_is_one_half():
+    ranks = [METRICS["rank"].function(Case(*arrays(20, 50, s))).mean() for s in range(60)]
+    assert abs(np.mean(ranks) - 0.5) < 0.02
+
+
+def test_rank_does_not_pay_for_the_target_gene():
+    hit = np.eye(10, 40, dtype=bool)
+    observed = np.random.default_rng(0).normal(size=(10, 40)) - 9 * hit
+    assert (METRICS["rank"].function(Case(-9. * hit, observed, np.zeros(40))) == 1).all()
+    assert (METRICS["rank"].function(Case(-9. * hit, observed, np.zeros(40), targets=hit)) == 0.5).all()
+
+
+def test_registry_says_what_it_measures():
+    for name, m in METRICS.items():
+        assert m.name == name and len(m.definition) > 40 and m.unit and m.best in ("high", "low", "") and m.floor in ("shuffled", "no_change")
+
+
+def test_interval_shrinks_with_the_root_of_n_and_covers():
+    rng, width = np.random.default_rng(0), {}
+    for n in (100, 400):
+        ends = np.array([bootstrap_interval(rng.normal(size=n), 300, s) for s in range(60)])
+        width[n] = (ends[:, 1] - ends[:, 0]).mean()
+        assert ((ends[:, 0] < 0) & (0 < ends[:, 1])).mean() > 0.85
+    assert np.isclose(width[100] / width[400], 2, rtol=0.15)
+    assert bootstrap_interval(np.full(9, 0.3)) == (0.3, 0.3) and np.isnan(bootstrap_interval([1.0])).all()
+
+
+def test_constant_rows_count_zero():
+    flat = np.full((2, 9), 0.1, np.float32)
+    assert not pearson_rows(flat, np.random.default_rng(0).normal(size=(2, 9))).any()
+    assert not beyond(flat, flat[0].astype(float) + 1e-9).any()
+
+
+# the card
+
+def test_truth_wins_everything(card):
+    t = card.table.set_index(["split", "metric", "model"]).sort_index().value
+    for group in set(card.table.split):
+        for m in SCORES: assert np.isclose(t[group, m, "perfect"], 1) and t[group, m].max() == t[group, m, "perfect"]
+        assert t[group, "mse", "perfect"] == 0 == t[group, "mse"].min()
+
+
+def test_wrong_names_fall_to_the_floor(card):
+    t = card.table[card.table.n >= 8].set_index(["split", "metric", "model"]).sort_index()
+    assert len(t)
+    for key in {k[:2] for k in t.index if k[1] in SCORES}:
+        value, floor = t.loc[key].value, t.loc[key].floor.iloc[0]
+        assert abs(value["wrong names"] - floor) < 0.2 and value["perfect"] - floor > 0.3
+
+
+def test_table_is_tidy(card, screen):
+    table, fold = card.table, screen[2]
+    assert list(table.columns) == ["model", "split", "metric", "value", "low", "high", "floor", "ceiling", "n"]
+    assert not table.duplicated(["model", "split", "metric"]).any() and {"no_change", "mean", "additive", "ridge"} <= set(table.model)
+    assert {"global_mse", "pearson_top20", "r2_all_mean", "r2_all_median", "r2_top50_mean", "r2_top50_median", "mean_shift"} <= set(table.metric)
+    counts = pd.Series([fold.groups[n] for n in fold.test]).value_counts()
+    assert (table.n == counts[table.split].to_numpy()).all() and np.isfinite(table.value).all()
+    inside = table.low.isna() | (table.low <= table.value + 1e-9) & (table.value <= table.high + 1e-9)
+    assert inside.all()
+
+
+def test_no_change_is_the_floor_of_the_old_columns(card):
+    t = card.table.set_index(["model", "metric"]).sort_index()
+    assert (t.loc[("no_change", "mean_shift")].value == 0).all() and (t.loc[("no_change", "pearson_delta")].value == 0).all()
+    same = t.loc[("no_change", "global_mse")]
+    assert np.allclose(same.value, same.floor)
+
+
+def test_same_seed_same_card(screen, card, truth, tmp_path):
+    cells, features, fold = screen
+    again = scorecard(cells, fold, {"perfect": truth}, features=features, n_boot=200).table
+    both = card.table[card.table.model.isin(again.model)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(both, again.reset_index(drop=True))
+    card.to_csv(tmp_path / "scores.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "scores.csv"), card.table.reset_index(drop=True), rtol=1e-4)
+
+
+def test_folds_test_every_single_once(screen):
+    cells, _, _ = screen
+    three = folds(cells, 3, seed=0)
+    out = scorecard(cells, three, {"mine": [Mean().fit(cells, s) for s in three]}, baselines=["mean"], n_boot=50)
+    mine = out.per_perturbation.query("model == 'mine' and metric == 'mse' and split == 'unseen_gene'")
+    assert sorted(mine.perturbation) == sorted(n for n in set(cells.obs.perturbation) if len(parts(n)) == 1)
+    t = out.table.set_index(["model", "split", "metric"]).value
+    assert np.allclose(t["mine"], t["mean"])
+
+
+def test_gaps_are_named(screen, truth):
+    cells, _, fold = screen
+    tested = held_out(cells, fold)
+    rows = observed_effects(tested)
+    assert np.allclose(answers(truth, tested, rows), rows.X, atol=1e-6)
+    holes = truth.copy()
+    holes.iloc[0, 0] = np.nan
+    for bad, word in ((truth.iloc[1:], truth.index[0]), (truth.iloc[:, 1:], truth.columns[0]), (holes, truth.index[0]), (pd.concat([truth, truth[:1]]), truth.index[0])):
+        with pytest.raises((KeyError, ValueError), match=word.replace("+", r"\+")): answers(bad, tested, rows)
+
+
+def test_no_predictor_sees_a_treated_test_cell(screen):
+    cells, _, fold = screen
+
+    class Spy:
+        def predict(self, given, names):
+            self.given = given
+            return pd.DataFrame(0.0, index=names, columns=given.var_names)
+    spy = Spy()
+    score_fold(cells, fold, {"spy": spy})
+    assert not set(spy.given.obs.perturbation) & set(fold.test) and "truth" not in spy.given.uns
+
+
+def test_a_model_of_another_split_is_refused(screen):
+    cells, _, fold = screen
+    with pytest.raises(Leak): scorecard(cells, fold, {"x": Mean().fit(cells, split(cells, "simulation", seed=5))}, baselines=())
+    for wrong in ({"mean": Mean().fit(cells, fold)}, {"floor": Mean().fit(cells, fold)}, {"x": [1, 2]}):
+        with pytest.raises(ValueError): scorecard(cells, fold, wrong)
+
+
+# pictures
+
+def test_pictures_draw_the_numbers(card, screen, truth):
+    import matplotlib.pyplot as plt
+    cells, _, fold = screen
+    figure = plot_scores(card.table, ("rank",))
+    drawn = [float(l.get_xdata()[0]) for ax in figure.axes for l in ax.lines if l.get_marker() == "o"]
+    assert np.allclose(sorted(drawn), sorted(card.table.query("metric == 'rank'").value))
+    data = AnnData(truth.to_numpy(), obs=pd.DataFrame(index=truth.index), var=pd.DataFrame(index=truth.columns), layers={"delta": truth.to_numpy()})
+    name = fold.test[0]
+    shown = {l.get_marker(): np.asarray(l.get_ydata(), float) for l in plot_effect(data, data, name, n=9).lines}
+    assert np.allclose(shown["o"], shown["_"]) and np.allclose(sorted(np.abs(shown["_"])), truth.loc[name].abs().nlargest(9).sort_values())
+    with pytest.raises(KeyError): plot_effect(data, data, "nobody")
+    plt.close("all")
