@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from biojepa.baselines import BASELINES, Additive, Mean, RidgeEffects, beyond, in_context, pearson_rows, training_effects, training_mean
 from biojepa.cells import effects, parts, prepare
-from biojepa.evaluation import Card, answers, held_out, observed_effects, score_fold, scorecard
+from biojepa.evaluation import Card, answers, held_out, observed_effects, score_fold, scorecard, wrong_names
 from biojepa.metrics import METRICS, Case, bootstrap_interval
 from biojepa.plots import plot_effect, plot_scores
 from biojepa.simulator import simulate, simulated_features
@@ -249,3 +249,20 @@ def test_pictures_draw_the_numbers(card, screen, truth):
     assert np.allclose(shown["o"], shown["_"]) and np.allclose(sorted(np.abs(shown["_"])), truth.loc[name].abs().nlargest(9).sort_values())
     with pytest.raises(KeyError): plot_effect(data, data, "nobody")
     plt.close("all")
+
+
+def test_a_wrong_name_shares_no_target():
+    names, kinds = ["A", "B", "C", "A+B", "A+C", "B+C", "D+E"], ["gene"] * 3 + ["pair"] * 4
+    for row in wrong_names(names, kinds):
+        for i, j in enumerate(row): assert kinds[i] == kinds[j] and not set(parts(names[i])) & set(parts(names[j]))
+    assert set(wrong_names(["A"], ["gene"], ["A+B", "C", "D"])[:, 0]) == {2, 3}      # nothing else is tested: a training single
+
+
+def test_cell_types_are_judged_apart_and_perturbations_counted_once():
+    cells = prepare(simulate(n_genes=60, n_perturbations=24, cells_per_perturbation=20, cell_types=2, seed=1), n_genes=60)
+    fold = split(cells, "unseen_gene", seed=0)
+    out = scorecard(cells, fold, {}, ["no_change", "mean"], n_boot=10)
+    assert (out.table.n == len(fold.test)).all() and out.per_perturbation.cell_type.nunique() == 2
+    assert (out.table.query("metric == 'pearson_pert' and model == 'mean'").value == 0).all()      # each type has a mean of its own
+    held = split(cells, "unseen_context", context="LINE1")
+    assert set(scorecard(cells, held, {}, n_boot=10).per_perturbation.cell_type) == {"LINE1"}
