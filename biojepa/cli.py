@@ -131,26 +131,29 @@ def predictions(cells, splits, models):
 STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:13px}td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #eee}img{max-width:100%}code,pre{background:#f6f6f6;padding:2px 4px;overflow-x:auto}"
 
 def _image(figure):
-    "A figure as an <img> that carries its own bytes."
-    buffer = io.BytesIO(); figure.savefig(buffer, format="png", dpi=110)
+    "A figure as an <img> that carries its own bytes; the figure is closed."
+    import matplotlib.pyplot as plt
+    buffer = io.BytesIO(); figure.savefig(buffer, format="png", dpi=110); plt.close(figure)
     return f'<img alt="figure" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 def write_page(path, card, predicted, facts):
-    "scores, pictures and settings as one HTML file."
+    "Scores, pictures and settings as one HTML file. Returns the picture of the scores."
     import numpy as np
     from biojepa.plots import plot_effect
     observed = anndata.AnnData(predicted.layers["observed"], obs=predicted.obs, var=predicted.var)
     strongest = [predicted.obs_names[i] for g in dict.fromkeys(predicted.obs.split)
                  for i in [np.flatnonzero((predicted.obs.split == g).values)[np.abs(observed.X[(predicted.obs.split == g).values]).mean(1).argmax()]]]
     effects_ = "".join(_image(plot_effect(predicted, observed, n).figure) for n in strongest)
+    picture = _image(card.plot())
     old = card.table[card.table.metric.str.contains("global|pearson_top20|r2_|shift")].pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
     path.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>biojepa: scores</title><style>{STYLE}</style>
 <h1>biojepa: scores on perturbations that training never saw</h1>
 <p>{facts["what"]}. Higher is better but for mse; <b>floor</b> is an answer under a wrong name (for mse: no change), <b>ceiling</b> is one half of the cells predicting the other.</p>
-{_image(card.plot())}{card.wide().to_html()}
+{picture}{card.wide().to_html()}
 <h2>The strongest held-out effect of each kind, by base</h2>{effects_}
 <h2>Columns that flatter</h2><p>They compare expression, not change: read each beside <code>no_change</code>, which knows nothing of the perturbation.</p>{old.round(3).to_html()}
 <h2>How it was made</h2><pre>{json.dumps(facts, indent=1)}</pre></html>""", encoding="utf-8")
+    return picture
 
 # %% ../nbs/80_cli.ipynb #c017
 @app.command()
@@ -195,9 +198,9 @@ def report(result, out, start, data, seed):
     facts |= dict(seed=seed, data=Path(data).name if data else "simulated", minutes=round((time.time() - start) / 60, 1),
                   cores=os.cpu_count(), versions={p: version(p) for p in ("biojepa", "torch", "anndata", "scanpy")})
     card.to_csv(out/"scores.csv")
-    card.plot().savefig(out/"scores.png", dpi=110)
     predicted.write_h5ad(out/"predictions.h5ad")
-    write_page(out/"index.html", card, predicted, facts)
+    picture = write_page(out/"index.html", card, predicted, facts)
+    (out/"scores.png").write_bytes(base64.b64decode(picture.split("base64,")[1].split('"')[0]))
     (out/"run.json").write_text(json.dumps(facts, indent=1))
     typer.echo(card.wide().to_string())
     typer.echo(f"{facts['minutes']} minutes; open {out/'index.html'}")
