@@ -80,7 +80,7 @@ def steady_state(
     activity: np.ndarray | None = None, # [N, R] share of each regulator's activity that is left (drugs)
     rounds: int = 60, # iterations
 ) -> np.ndarray: # [N, G] levels
-    "Fixed point of s = 1.6 W tanh(s) + drive under clamps. Only regulators feed back, so only they are iterated."
+    "s = 1.6 W tanh(s) + drive under clamps, iterated; a fixed point where the feedback is weak. Only regulators feed back, so only they are iterated."
     W = (GAIN * network.weights * network.edges[cell_type]).astype(np.float32)
     R, drive = network.regulators, drive.astype(np.float32)
     hold = np.isfinite(clamp) if clamp is not None else None
