@@ -151,12 +151,15 @@ class RidgeEffects(Baseline):
 
 # %% ../nbs/50_baselines.ipynb #c037
 def _choose(self: RidgeEffects, cells, x, y):
-    "The alpha that agrees best with the validation perturbations beyond the mean; with too few of them, by leave-one-out."
+    "The alpha that agrees best with the validation perturbations, as they are and beyond the mean; with too few of them, by leave-one-out."
     held = self.split.mask(cells, "val")
     if cells.obs.perturbation[held].nunique() < ENOUGH: return float(RidgeCV(ALPHAS).fit(x, y).alpha_)
     true = effects(cells[held | (cells.obs.perturbation == CONTROL).values])
-    x_val, y_val = self.inputs(true.obs.perturbation), true.X - training_mean(self.observed, true.obs.cell_type)
-    return float(max(ALPHAS, key=lambda a: pearson_rows(Ridge(alpha=a).fit(x, y).predict(x_val), y_val).mean()))
+    x_val, centre = self.inputs(true.obs.perturbation), training_mean(self.observed, true.obs.cell_type)
+    def agreement(alpha):
+        guess = Ridge(alpha=alpha).fit(x, y).predict(x_val)
+        return pearson_rows(guess + centre, true.X).mean() + pearson_rows(guess, true.X - centre).mean()
+    return float(max(ALPHAS, key=agreement))
 
 def _answer(self: RidgeEffects, names, cell_type):
     if self.table is None: return np.tile(self.centre(cell_type), (len(names), 1))
@@ -166,5 +169,5 @@ def _answer(self: RidgeEffects, names, cell_type):
 
 RidgeEffects.choose, RidgeEffects.answer = _choose, _answer
 
-# %% ../nbs/50_baselines.ipynb #c045
+# %% ../nbs/50_baselines.ipynb #c046
 BASELINES = {"no_change": NoChange, "mean": Mean, "additive": Additive, "ridge": RidgeEffects}
