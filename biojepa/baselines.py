@@ -18,7 +18,7 @@ from sklearn.linear_model import Ridge, RidgeCV
 from .cells import CONTROL, dense, effects, parts
 from .featurizers import MissingFeatures, as_table
 
-# %% ../nbs/50_baselines.ipynb #c010
+# %% ../nbs/50_baselines.ipynb #c011
 def training_effects(
     cells: AnnData, # prepared cells
     split, # a Split
@@ -28,7 +28,7 @@ def training_effects(
     index = pd.MultiIndex.from_frame(seen.obs[["cell_type", "perturbation"]].astype(str))
     return pd.DataFrame(seen.X.astype(np.float64), index, seen.var_names).groupby(level=[0, 1]).mean()
 
-# %% ../nbs/50_baselines.ipynb #c015
+# %% ../nbs/50_baselines.ipynb #c016
 def in_context(
     observed: pd.DataFrame, # of `training_effects`
     cell_type: str,
@@ -45,7 +45,7 @@ def training_mean(
     means = {c: in_context(observed, c).values.mean(0) for c in set(cell_types)}
     return np.stack([means[c] for c in cell_types])
 
-# %% ../nbs/50_baselines.ipynb #c018
+# %% ../nbs/50_baselines.ipynb #c019
 class Baseline:
     "A predictor of effects. A subclass says what to learn (`learn`) and what to answer (`answer`)."
     def fit(self,
@@ -64,7 +64,7 @@ class Baseline:
     def centre(self, cell_type): return training_mean(self.observed, [cell_type])[0]
     def __repr__(self): return f"{type(self).__name__}()"
 
-# %% ../nbs/50_baselines.ipynb #c019
+# %% ../nbs/50_baselines.ipynb #c020
 def _predict(self: Baseline,
     cells: AnnData, # prepared cells that hold the controls
     names, # perturbations
@@ -89,7 +89,7 @@ def _predict(self: Baseline,
 
 Baseline.predict = _predict
 
-# %% ../nbs/50_baselines.ipynb #c021
+# %% ../nbs/50_baselines.ipynb #c022
 class NoChange(Baseline):
     "Nothing happens."
     def answer(self, names, cell_type): return np.zeros((len(names), len(self.genes)))
@@ -98,7 +98,7 @@ class Mean(Baseline):
     "What training perturbations do on average, each of them weighing the same."
     def answer(self, names, cell_type): return np.tile(self.centre(cell_type), (len(names), 1))
 
-# %% ../nbs/50_baselines.ipynb #c026
+# %% ../nbs/50_baselines.ipynb #c027
 class Additive(Baseline):
     "Sum of the observed singles; a part that training never saw alone counts as the mean single."
     def learn(self, cells, table):
@@ -111,7 +111,7 @@ class Additive(Baseline):
         typical = here.values.mean(0)
         return np.stack([np.sum([known.get(p, typical) for p in parts(n)] or [0 * typical], 0) for n in names])
 
-# %% ../nbs/50_baselines.ipynb #c033
+# %% ../nbs/50_baselines.ipynb #c034
 def pearson_rows(
     a: np.ndarray, # [P, G]
     b: np.ndarray, # [P, G]
@@ -130,7 +130,7 @@ def beyond(
     tiny = np.linalg.norm(out, axis=1) <= 1e-5 * np.linalg.norm(np.atleast_2d(centre), axis=1)
     return np.where(tiny[:, None], 0.0, out)
 
-# %% ../nbs/50_baselines.ipynb #c036
+# %% ../nbs/50_baselines.ipynb #c037
 ALPHAS = np.geomspace(1, 1e5, 11) # from believing the features to ignoring them
 ENOUGH = 8 # validation perturbations that it takes to choose by them
 
@@ -149,7 +149,7 @@ class RidgeEffects(Baseline):
         "Features [P, F] added over the parts; zeros where nothing is known."
         return np.stack([self.table.transform(list(parts(n)))[0].sum(0) for n in names])
 
-# %% ../nbs/50_baselines.ipynb #c037
+# %% ../nbs/50_baselines.ipynb #c038
 def _choose(self: RidgeEffects, cells, x, y):
     "The alpha that agrees best with the validation perturbations, as they are and beyond the mean; with too few of them, by leave-one-out."
     held = self.split.mask(cells, "val")
@@ -169,5 +169,5 @@ def _answer(self: RidgeEffects, names, cell_type):
 
 RidgeEffects.choose, RidgeEffects.answer = _choose, _answer
 
-# %% ../nbs/50_baselines.ipynb #c046
+# %% ../nbs/50_baselines.ipynb #c048
 BASELINES = {"no_change": NoChange, "mean": Mean, "additive": Additive, "ridge": RidgeEffects}

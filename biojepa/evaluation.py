@@ -18,7 +18,7 @@ from .cells import CONTROL, _halve, check, dense, effects, parts
 from .metrics import METRICS, Case, bootstrap_interval
 from .splits import Leak, check_split
 
-# %% ../nbs/52_evaluation.ipynb #c007
+# %% ../nbs/52_evaluation.ipynb #c008
 def held_out(
     cells: AnnData, # prepared cells
     split, # a Split
@@ -38,7 +38,7 @@ def observed_effects(
     if len(twice): raise ValueError(f"{twice.perturbation.iloc[0]!r} has several doses, modes or times in {twice.cell_type.iloc[0]!r}; score one of them at a time")
     return out
 
-# %% ../nbs/52_evaluation.ipynb #c013
+# %% ../nbs/52_evaluation.ipynb #c014
 def controls_only(
     tested: AnnData, # of `held_out`
 ) -> AnnData:
@@ -55,7 +55,7 @@ def _frame(out, cell_types):
     if "cell_type" in obs: return table.set_axis(pd.MultiIndex.from_arrays([table.index, np.asarray(obs.cell_type, dtype=str)]))
     return pd.concat({c: table for c in cell_types}).swaplevel()
 
-# %% ../nbs/52_evaluation.ipynb #c014
+# %% ../nbs/52_evaluation.ipynb #c015
 def answers(
     predictor, # a model, a function of names, an AnnData or a DataFrame (names x genes)
     tested: AnnData, # of `held_out`; a model sees its controls
@@ -76,7 +76,7 @@ def answers(
     if not np.isfinite(values).all(): raise ValueError(f"the prediction for {wanted[~np.isfinite(values).all(1)][0][0]!r} is not finite")
     return values
 
-# %% ../nbs/52_evaluation.ipynb #c017
+# %% ../nbs/52_evaluation.ipynb #c018
 def check_predictor(
     predictor, # with or without a `.split`
     split, # the split it is judged on
@@ -92,7 +92,7 @@ def check_predictor(
         if n in own.train + own.val or (split.groups[n] == "unseen_gene" and set(parts(n)) & taught):
             raise Leak(f"{n!r} is to be judged, but this model was fitted with it: its split is {own}")
 
-# %% ../nbs/52_evaluation.ipynb #c020
+# %% ../nbs/52_evaluation.ipynb #c021
 CELLS = 100 # treated cells per perturbation that the per-cell columns look at
 
 def _cells_of(cells, name, cell_type):
@@ -111,7 +111,7 @@ def _case(tested, truth, predicted, centre):
     control, treated = zip(*[_cells_of(tested, *row) for row in truth.obs[["perturbation", "cell_type"]].itertuples(index=False)])
     return Case(predicted, truth.X.astype(np.float64), centre, targets, list(control), list(treated))
 
-# %% ../nbs/52_evaluation.ipynb #c021
+# %% ../nbs/52_evaluation.ipynb #c022
 def _with(case, predicted): return Case(predicted, case.observed, case.centre, case.targets, case.control, case.treated)
 
 def wrong_names(
@@ -130,7 +130,7 @@ def wrong_names(
         if others: out[:, i] = rng.choice(others, n, replace=len(others) < n)
     return out
 
-# %% ../nbs/52_evaluation.ipynb #c023
+# %% ../nbs/52_evaluation.ipynb #c024
 def shuffled_scores(
     case: Case, # P rows
     function, # a metric
@@ -140,7 +140,7 @@ def shuffled_scores(
     "The mean score of true effects under wrong names; NaN where there is none."
     return np.where((wrong < 0).all(0), np.nan, np.mean([function(_with(case, pool[w])) for w in wrong], 0))
 
-# %% ../nbs/52_evaluation.ipynb #c024
+# %% ../nbs/52_evaluation.ipynb #c025
 HALVINGS = 5 # ways to halve the cells that the ceiling averages
 
 def ceiling_scores(
@@ -157,7 +157,7 @@ def ceiling_scores(
         for name, m in METRICS.items(): total[name] = total[name] + m.ceiling * m.function(case) / HALVINGS
     return total
 
-# %% ../nbs/52_evaluation.ipynb #c025
+# %% ../nbs/52_evaluation.ipynb #c026
 def score_line(
     here: AnnData, # test cells and controls of one cell type
     split, # a Split
@@ -188,7 +188,7 @@ def score_fold(
     lines = {c: (tested.obs.cell_type == c).values for c in sorted(set(tested.obs.cell_type.astype(str)))}
     return pd.concat([score_line(tested[here], split, predictors, in_context(observed, c), seed) for c, here in lines.items()], ignore_index=True)
 
-# %% ../nbs/52_evaluation.ipynb #c032
+# %% ../nbs/52_evaluation.ipynb #c033
 ENDS = ("floor", "ceiling")
 
 def _rows(metric): return [(f"{metric}_mean", np.mean), (f"{metric}_median", np.median)] if metric.startswith("r2_") else [(metric, np.mean)]
@@ -213,7 +213,7 @@ def summarise(
                 rows.append(dict(model=model, split=group, metric=name, value=_of(statistic, v), low=low, high=high, **ends, n=len(v)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/52_evaluation.ipynb #c033
+# %% ../nbs/52_evaluation.ipynb #c034
 class Card:
     "The result of `scorecard`: `.table` (one row per model, split, metric), `.per_perturbation`, `.plot()`, `.to_csv(path)`."
     def __init__(self, per_perturbation, n_boot=1000, seed=0):
@@ -229,7 +229,7 @@ class Card:
         from biojepa.plots import plot_scores
         return plot_scores(self.table, metrics)
 
-# %% ../nbs/52_evaluation.ipynb #c034
+# %% ../nbs/52_evaluation.ipynb #c035
 def _wide(self: Card,
     metrics=("pearson_delta", "pearson_pert", "pearson_delta_top20", "rank", "mse"), # columns
 ) -> pd.DataFrame: # models, then floor and ceiling, per split
@@ -258,7 +258,7 @@ def _versus(self: Card,
 
 Card.wide, Card.versus = _wide, _versus
 
-# %% ../nbs/52_evaluation.ipynb #c035
+# %% ../nbs/52_evaluation.ipynb #c036
 def scorecard(
     cells: AnnData, # prepared cells, test perturbations included
     split, # a Split, or a list of them (folds)

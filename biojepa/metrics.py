@@ -6,17 +6,17 @@
 __all__ = ['METRICS', 'SEED', 'Case', 'Metric', 'metric', 'pearson_delta', 'pearson_pert', 'pearson_delta_top20', 'mse', 'rank',
            'global_mse', 'pearson_top20', 'r2_all', 'r2_top50', 'mean_shift', 'bootstrap_interval']
 
-# %% ../nbs/51_metrics.ipynb #c006
+# %% ../nbs/51_metrics.ipynb #c007
 from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/51_metrics.ipynb #c007
+# %% ../nbs/51_metrics.ipynb #c008
 from .baselines import beyond, pearson_rows
 
-# %% ../nbs/51_metrics.ipynb #c009
+# %% ../nbs/51_metrics.ipynb #c010
 @dataclass
 class Case:
     "Predictions and truth of P perturbations in one cell type; effects are changes of log1p of counts per 10,000."
@@ -30,7 +30,7 @@ class Case:
     def __len__(self): return len(self.observed)
     def beyond(self): return beyond(self.predicted, self.centre), beyond(self.observed, self.centre)   # two [P, G]
 
-# %% ../nbs/51_metrics.ipynb #c011
+# %% ../nbs/51_metrics.ipynb #c012
 @dataclass(frozen=True)
 class Metric:
     "One entry of the registry."
@@ -53,14 +53,14 @@ def metric(name, definition, best="high", unit="correlation", **kwargs):
         return function
     return add
 
-# %% ../nbs/51_metrics.ipynb #c013
+# %% ../nbs/51_metrics.ipynb #c014
 @metric("pearson_delta", "Pearson correlation over genes of predicted and observed effect: r(d_hat, d). Rewards knowing what all perturbations share (Roohani et al. 2024).")
 def pearson_delta(case): return pearson_rows(case.predicted, case.observed)
 
 @metric("pearson_pert", "The same after both sides lose the mean of the training effects: r(d_hat - m, d - m). Zero for anyone who only knows the mean (Wu et al. 2024).")
 def pearson_pert(case): return pearson_rows(*case.beyond())
 
-# %% ../nbs/51_metrics.ipynb #c022
+# %% ../nbs/51_metrics.ipynb #c023
 def _top(observed, k):
     "Numbers of the k genes with the largest observed effect, per row [P, k]."
     return np.argsort(-np.abs(observed), axis=1, kind="stable")[:, :k]
@@ -73,7 +73,7 @@ def pearson_delta_top20(case):
 @metric("mse", "Mean over genes of (d_hat - d)^2. Floor: no change. Ceiling: a quarter of the error between halves, which is the noise of the observed effect.", best="low", unit="log1p^2", floor="no_change", ceiling=0.25)
 def mse(case): return ((case.predicted - case.observed)**2).mean(1)
 
-# %% ../nbs/51_metrics.ipynb #c027
+# %% ../nbs/51_metrics.ipynb #c028
 def _unit(x): return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 @metric("rank", "Share of the other tested perturbations of the cell type whose observed effect is less similar (cosine beyond the training mean, all tested target genes left out) to the prediction than the true one. 1 is best, 0.5 is chance; ties count half.", unit="share")
@@ -86,7 +86,7 @@ def rank(case):
     tie = np.abs(cosine - true) <= 1e-9
     return ((cosine < true - 1e-9).sum(1) + 0.5 * (tie.sum(1) - 1)) / (len(case) - 1)
 
-# %% ../nbs/51_metrics.ipynb #c034
+# %% ../nbs/51_metrics.ipynb #c035
 def _each(case, f):
     "f(predicted cells, treated cells, p) per perturbation [P]; a predicted cell is a control cell plus the predicted effect. NaN without cells."
     if case.treated is None: return np.full(len(case), np.nan)
@@ -102,7 +102,7 @@ def pearson_top20(case):
     top = _top(case.observed, 20)
     return _each(case, lambda a, b, p: pearson_rows(a[:, top[p]], b[:, top[p]]).mean())
 
-# %% ../nbs/51_metrics.ipynb #c035
+# %% ../nbs/51_metrics.ipynb #c036
 def _r2(a, b):
     "R2 over genes of the mean predicted and the mean treated cell."
     a, b = a.mean(0), b.mean(0)
@@ -119,7 +119,7 @@ def r2_top50(case):
 @metric("mean_shift", "Mean over genes of |d_hat|, the predicted change. No score: 0 says that the model predicts no change at all.", best="", unit="log1p", **SEED)
 def mean_shift(case): return np.abs(case.predicted).mean(1)
 
-# %% ../nbs/51_metrics.ipynb #c041
+# %% ../nbs/51_metrics.ipynb #c042
 def bootstrap_interval(
     values: np.ndarray, # [P] one value per perturbation
     n: int = 1000, # resamples

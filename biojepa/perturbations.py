@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['BadAction', 'Part', 'Action', 'actions_of']
 
-# %% ../nbs/20_perturbations.ipynb #c007
+# %% ../nbs/20_perturbations.ipynb #c008
 import math
 from dataclasses import dataclass
 from functools import total_ordering
 
 import pandas as pd
 
-# %% ../nbs/20_perturbations.ipynb #c008
+# %% ../nbs/20_perturbations.ipynb #c009
 from .cells import CONTROL, MODES, join_parts
 
-# %% ../nbs/20_perturbations.ipynb #c013
+# %% ../nbs/20_perturbations.ipynb #c016
 class BadAction(ValueError): "An action that cannot be meant; the message names the target and says what is wrong."
 
-# %% ../nbs/20_perturbations.ipynb #c014
+# %% ../nbs/20_perturbations.ipynb #c017
 @total_ordering
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -49,14 +49,14 @@ class Part:
     def __str__(self):
         return f'{self.target} ({self.mode}' + f', dose {self.dose:g}' * (self.dose != 1) + f', {self.time:g} h' * (not math.isnan(self.time)) + ')'
 
-# %% ../nbs/20_perturbations.ipynb #c021
+# %% ../nbs/20_perturbations.ipynb #c024
 def _each(value, n):
     "One value for each of n parts: a single one is repeated, a list must have n entries."
     values = list(value) if isinstance(value, (list, tuple)) else [value] * n
     if len(values) != n: raise BadAction(f'{len(values)} values {values} for {n} parts')
     return values
 
-# %% ../nbs/20_perturbations.ipynb #c023
+# %% ../nbs/20_perturbations.ipynb #c026
 @dataclass(frozen=True)
 class Action:
     "What is done to a cell at once: a set of parts. Without parts it is control."
@@ -95,7 +95,7 @@ class Action:
     def __len__(self): return len(self.parts)
     def __str__(self): return ' + '.join(map(str, self.parts)) or CONTROL
 
-# %% ../nbs/20_perturbations.ipynb #c041
+# %% ../nbs/20_perturbations.ipynb #c044
 def actions_of(
         groups: pd.DataFrame,   # column perturbation; optional mode, dose, time, as in obs of prepared cells
         mode: str = 'CRISPRi'   # used where there is no column mode

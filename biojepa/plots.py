@@ -14,7 +14,7 @@ import seaborn as sns
 # %% ../nbs/70_plots.ipynb #c004
 from .metrics import METRICS
 
-# %% ../nbs/70_plots.ipynb #c011
+# %% ../nbs/70_plots.ipynb #c012
 COLOURS = {"base": "#1b6ca8", "v0_3": "#d1495b"}
 GREY = ("no_change", "mean", "additive", "ridge") # baselines: grey and hollow
 OTHERS = ("#2a9d8f", "#e09f3e", "#8d6cab", "#8c6d46", "#c2569b") # for models without a colour of their own
@@ -26,7 +26,7 @@ def colours(
     rest = [m for m in models if m not in COLOURS and m not in GREY]
     return COLOURS | dict.fromkeys(GREY, "0.45") | {m: OTHERS[i % len(OTHERS)] for i, m in enumerate(rest)}
 
-# %% ../nbs/70_plots.ipynb #c013
+# %% ../nbs/70_plots.ipynb #c014
 def _heading(metric):
     "Name of the metric, with an arrow towards better."
     name = metric.removesuffix("_mean").removesuffix("_median")
@@ -49,7 +49,7 @@ def _panel(ax, t, models, paint, labels):
     ax.set_ylim(len(models) - .4, -.6); ax.tick_params(axis="y", length=0)
     for text, m in zip(ax.get_yticklabels(), models): text.set_color(paint[m])
 
-# %% ../nbs/70_plots.ipynb #c014
+# %% ../nbs/70_plots.ipynb #c015
 def _legend(band):
     line = lambda **style: plt.Line2D([], [], color="0.45", **style)
     band.legend([line(ls=":", lw=1), line(ls="--", lw=1), line(marker="o", ms=5, lw=2.5, alpha=.6)],
@@ -87,7 +87,7 @@ def plot_scores(
     _legend(bands[-1])
     return figure
 
-# %% ../nbs/70_plots.ipynb #c023
+# %% ../nbs/70_plots.ipynb #c024
 def _row(data, name, what):
     "One row's change and, where there is one, its standard deviation [G]."
     if name not in data.obs_names: raise KeyError(f"{name!r} is not a row of the {what}; it has {list(data.obs_names[:5])}")
@@ -116,7 +116,7 @@ def plot_effect(
     ax.legend(frameon=False, fontsize=8); sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/70_plots.ipynb #c029
+# %% ../nbs/70_plots.ipynb #c030
 def plot_training(
     history: pd.DataFrame, # what `pretrain` and `train` return: step, loss parts, perhaps validation
 ): # the matplotlib Figure

@@ -6,7 +6,7 @@
 __all__ = ['BlockV03', 'PredictorV03', 'strength', 'ActionTokens', 'PartAttention', 'Spread', 'Gate', 'ChangeBlock', 'Change',
            'Predictor', 'action_vector', 'MaskedPredictor']
 
-# %% ../nbs/34_predictor.ipynb #c005
+# %% ../nbs/34_predictor.ipynb #c006
 import math
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/34_predictor.ipynb #c006
+# %% ../nbs/34_predictor.ipynb #c007
 from .attention import MLP, LinearAttention, linear_attention
 from .cells import MODES
 
-# %% ../nbs/34_predictor.ipynb #c009
+# %% ../nbs/34_predictor.ipynb #c010
 class BlockV03(nn.Module):
     "Self-attention over [context, queries], queries attend the action token, MLP."
     def __init__(self, width, heads):
@@ -33,7 +33,7 @@ class BlockV03(nn.Module):
         x = torch.cat([context, query], 1)
         return x + self.mlp(self.norm3(x))
 
-# %% ../nbs/34_predictor.ipynb #c011
+# %% ../nbs/34_predictor.ipynb #c012
 class PredictorV03(nn.Module):
     "Latent of the treated cell from the control cell's tokens and one 320-d action vector, as in v0.3."
     def __init__(self,
@@ -59,7 +59,7 @@ class PredictorV03(nn.Module):
         x = self.norm(x[:, context.shape[1]:])
         return self.mean(x), self.log_variance(x)
 
-# %% ../nbs/34_predictor.ipynb #c032
+# %% ../nbs/34_predictor.ipynb #c033
 def _linear(n_in, n_out): return nn.Linear(n_in, n_out, bias=False)
 
 def strength(dose: Tensor,  # dose, 1 is the reference; any shape
@@ -68,7 +68,7 @@ def strength(dose: Tensor,  # dose, 1 is the reference; any shape
     "How much a part of an action counts: log2(1 + dose), 0 where there is no part."
     return dose.clamp(min=0).log1p() / math.log(2) * mask
 
-# %% ../nbs/34_predictor.ipynb #c034
+# %% ../nbs/34_predictor.ipynb #c035
 class ActionTokens(nn.Module):
     "Every part of an action as K = S + 2 tokens: S feature sources, mode and time, target gene."
     def __init__(self, width, feature_dims=(), noise=0.5, drop=0.5):
@@ -95,7 +95,7 @@ class ActionTokens(nn.Module):
         there = torch.stack([torch.ones_like(action.mask), heard], -1)
         return tokens, torch.cat([action.present, there], -1), strength(action.dose, action.mask)
 
-# %% ../nbs/34_predictor.ipynb #c040
+# %% ../nbs/34_predictor.ipynb #c041
 class PartAttention(nn.Module):
     "Every gene attends the tokens of each part by itself; the answers are summed over parts."
     def __init__(self, width, heads):
@@ -109,7 +109,7 @@ class PartAttention(nn.Module):
         share = score.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) * strength[:, None, None, :, None]
         return self.out(torch.einsum('phgak,pakhd->pghd', share, v).flatten(2))   # heads side by side
 
-# %% ../nbs/34_predictor.ipynb #c048
+# %% ../nbs/34_predictor.ipynb #c049
 class Spread(nn.Module):
     "Linear attention among genes: the wiring comes from the cell, what travels on it is the change."
     def __init__(self, width, heads):
@@ -121,7 +121,7 @@ class Spread(nn.Module):
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(gene), self.k(gene), self.v(change)))
         return self.out(linear_attention(q, k, v).transpose(1, 2).flatten(2))   # [P, H, G, d] -> [P, G, D]
 
-# %% ../nbs/34_predictor.ipynb #c052
+# %% ../nbs/34_predictor.ipynb #c053
 class Gate(nn.Module):
     "An MLP on the change whose hidden units are multiplied by the cell: no change in, no change out."
     def __init__(self, width, expand=2):
@@ -131,7 +131,7 @@ class Gate(nn.Module):
     def forward(self, cell, change):   # [P or 1, G, D], [P, G, D] -> [P, G, D]
         return self.down(F.gelu(self.up(change)) * self.cell(cell))
 
-# %% ../nbs/34_predictor.ipynb #c055
+# %% ../nbs/34_predictor.ipynb #c056
 class ChangeBlock(nn.Module):
     "One layer of the change stream: listen to the action, spread among genes, react."
     def __init__(self, width, heads):
@@ -143,14 +143,14 @@ class ChangeBlock(nn.Module):
         change = change + self.spread(gene, change)
         return change + self.gate(cell, change)
 
-# %% ../nbs/34_predictor.ipynb #c057
+# %% ../nbs/34_predictor.ipynb #c058
 class Change(NamedTuple):
     "What an action does to a cell state."
     mean: Tensor           # change of the latent tokens [P, G, D]
     log_variance: Tensor   # log-variance of that change [P, G, D]
     delta: Tensor          # change of log1p expression [P, G]
 
-# %% ../nbs/34_predictor.ipynb #c058
+# %% ../nbs/34_predictor.ipynb #c059
 class Predictor(nn.Module):
     "The change that each of P actions makes to a cell state. No action gives exactly zero."
     def __init__(self,
@@ -191,7 +191,7 @@ class Predictor(nn.Module):
         if not latent: return Change(None, None, delta)
         return Change(self.mean(change), self.log_variance_cell(self.cell(context)) + self.log_variance(change), delta)
 
-# %% ../nbs/34_predictor.ipynb #c082
+# %% ../nbs/34_predictor.ipynb #c083
 def action_vector(
         action,          # ActionBatch of P actions
         width: int = 320 # numbers in the vector
@@ -204,7 +204,7 @@ def action_vector(
     project = torch.randn(n, width, generator=torch.Generator().manual_seed(0)) / width ** .5       # E |x R|^2 = |x|^2
     return x @ project.to(x)
 
-# %% ../nbs/34_predictor.ipynb #c085
+# %% ../nbs/34_predictor.ipynb #c086
 class MaskedPredictor(nn.Module):
     "Teacher latents of masked genes, asked by identity from visible tokens and the cell's summary."
     def __init__(self,

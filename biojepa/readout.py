@@ -19,7 +19,7 @@ from .cells import CONTROL, dense, effects
 from .featurizers import encode_actions
 from .perturbations import Action, Part, actions_of
 
-# %% ../nbs/42_readout.ipynb #c009
+# %% ../nbs/42_readout.ipynb #c010
 def within(
     cells: AnnData, # prepared cells
 ) -> np.ndarray: # [N, G] residuals
@@ -31,7 +31,7 @@ def within(
     np.add.at(sums, code, X)
     return X - (sums / np.bincount(code, minlength=n)[:, None])[code].astype(np.float32)
 
-# %% ../nbs/42_readout.ipynb #c011
+# %% ../nbs/42_readout.ipynb #c012
 class LinearResponse:
     "What moving one gene does to the others, read from how cells of one condition fluctuate. Uses no features and no effect of any perturbation."
     def __init__(self,
@@ -50,7 +50,7 @@ class LinearResponse:
         self.genes = list(cells.var_names)
         return self._fit_targets(cells)
 
-# %% ../nbs/42_readout.ipynb #c013
+# %% ../nbs/42_readout.ipynb #c014
 DOWN, UP = ("CRISPRi", "CRISPRko"), ("CRISPRa", "overexpression")
 
 def _fit_targets(self: LinearResponse, cells):
@@ -70,7 +70,7 @@ def _fit_targets(self: LinearResponse, cells):
 
 LinearResponse._fit_targets = _fit_targets
 
-# %% ../nbs/42_readout.ipynb #c015
+# %% ../nbs/42_readout.ipynb #c016
 def strength(
     dose, # dose or array of doses; 1 for genetic perturbations
 ): # the same, as a factor
@@ -96,7 +96,7 @@ def _profile(self: LinearResponse,
 
 LinearResponse.profile = _profile
 
-# %% ../nbs/42_readout.ipynb #c020
+# %% ../nbs/42_readout.ipynb #c021
 def design(
     actions: list, # P actions
     table=None, # a fitted FeatureTable, or None
@@ -120,7 +120,7 @@ def design(
                 if key in index: row[index[key]] += s
     return out
 
-# %% ../nbs/42_readout.ipynb #c023
+# %% ../nbs/42_readout.ipynb #c024
 def log_evidence(
     eigenvalues: np.ndarray, # [P] of the scaled kernel
     projected: np.ndarray, # [P, K] squared, scaled scores of K directions in its eigenvectors
@@ -130,7 +130,7 @@ def log_evidence(
     d = 1 + ratios[:, None] * eigenvalues
     return -0.5 * (np.log(d).sum(1)[:, None] + (1 / d) @ projected)
 
-# %% ../nbs/42_readout.ipynb #c026
+# %% ../nbs/42_readout.ipynb #c028
 RATIOS = np.geomspace(1e-3, 1e4, 60)
 
 class Floor:
@@ -162,7 +162,7 @@ class Floor:
             self._solve(self.truth - self.beta * profile, noise)
         return self._calibrate(noise)
 
-# %% ../nbs/42_readout.ipynb #c027
+# %% ../nbs/42_readout.ipynb #c029
 def _kernels(self: Floor, actions, contexts):
     "Feature blocks of actions, scaled as at the fit; several contexts add what is peculiar to each."
     blocks = design(actions, self.table, self.targets)
@@ -174,7 +174,7 @@ def _kernels(self: Floor, actions, contexts):
 
 Floor._kernels = _kernels
 
-# %% ../nbs/42_readout.ipynb #c028
+# %% ../nbs/42_readout.ipynb #c030
 def _spectrum(weights, grams, noise):
     "Eigenvalues and vectors of the scaled kernel."
     K = sum(w * g for w, g in zip(weights, grams)) / np.sqrt(noise[:, None] * noise)
@@ -199,7 +199,7 @@ def _solve(self: Floor, Y, noise):
 
 Floor._solve = _solve
 
-# %% ../nbs/42_readout.ipynb #c029
+# %% ../nbs/42_readout.ipynb #c031
 def _choose(self: Floor, grams):
     "Variances of the kernels (a softmax) and a ratio per direction that maximise the evidence; a weak prior keeps unused kernels from drifting."
     rows = np.random.default_rng(0).permutation(len(self.scores))[:self.hyper_rows]
@@ -215,7 +215,7 @@ def _choose(self: Floor, grams):
 
 Floor._choose = _choose
 
-# %% ../nbs/42_readout.ipynb #c030
+# %% ../nbs/42_readout.ipynb #c032
 def _dual(self: Floor):
     "The dual weights (tau K + R)^-1 y, one column per direction."
     root = np.sqrt(self.noise)[:, None]
@@ -224,7 +224,7 @@ def _dual(self: Floor):
 
 Floor._dual = _dual
 
-# %% ../nbs/42_readout.ipynb #c032
+# %% ../nbs/42_readout.ipynb #c034
 def _predict(self: Floor,
     actions: list, # P actions
     contexts: list, # P cell types
@@ -244,7 +244,7 @@ def _predict(self: Floor,
 
 Floor.predict = _predict
 
-# %% ../nbs/42_readout.ipynb #c034
+# %% ../nbs/42_readout.ipynb #c036
 def hold_out_blocks(
     actions: list, # P actions
 ) -> list: # P arrays of row numbers, the row itself first
@@ -272,7 +272,7 @@ def _held_out(self: Floor):
 
 Floor._held_out = _held_out
 
-# %% ../nbs/42_readout.ipynb #c036
+# %% ../nbs/42_readout.ipynb #c038
 def _calibrate(self: Floor, noise):
     "Keep the held-out predictions; add per gene the variance that the posterior misses, for no, one, and several parts."
     self.held_out, variance = self._held_out()
@@ -285,7 +285,7 @@ def _calibrate(self: Floor, noise):
 
 Floor._calibrate = _calibrate
 
-# %% ../nbs/42_readout.ipynb #c046
+# %% ../nbs/42_readout.ipynb #c048
 class Decoder(torch.nn.Module):
     "Expression of gene g from its latent: <w_g, z_g> + b_g."
     def __init__(self, n_genes: int, width: int):
@@ -312,7 +312,7 @@ def fit_decoder(
     out.bias = mean_x - (mean_z * out.weight).sum(-1)
     return out
 
-# %% ../nbs/42_readout.ipynb #c048
+# %% ../nbs/42_readout.ipynb #c050
 @torch.no_grad()
 def fit_decoders(
     model, # a WorldModel of preset 'v0_3'
@@ -329,7 +329,7 @@ def fit_decoders(
         out.append(fit_decoder(z, x))
     return tuple(out)
 
-# %% ../nbs/42_readout.ipynb #c052
+# %% ../nbs/42_readout.ipynb #c055
 def _state(self: Floor) -> tuple[dict, dict]: # arrays, and facts that JSON can hold
     "Everything that `from_state` needs."
     arrays = {k: np.asarray(getattr(self, k)) for k in ("noise", "scores", "basis", "unit", "weights", "ratios", "values", "vectors", "alpha", "extra")}

@@ -17,7 +17,7 @@ from scipy import sparse
 # %% ../nbs/11_simulator.ipynb #c004
 from .cells import CONTROL, join_parts, parts
 
-# %% ../nbs/11_simulator.ipynb #c008
+# %% ../nbs/11_simulator.ipynb #c009
 @dataclass(frozen=True)
 class Recipe:
     "How a network is drawn. The defaults are calibrated at the end of this page."
@@ -42,7 +42,7 @@ class Recipe:
     line: float = 0.6                # sd of the drive by which another cell line differs
     off: float = 0.2                 # share of edges that are off in another line
 
-# %% ../nbs/11_simulator.ipynb #c009
+# %% ../nbs/11_simulator.ipynb #c010
 @dataclass
 class Network:
     "The truth behind a screen. A level is log expression; 0 is half of the range in which a regulator has a say."
@@ -59,7 +59,7 @@ class Network:
     drugs: np.ndarray        # [M, G] share of a gene's activity that a drug can inhibit
     half: np.ndarray         # [M] dose of half effect
 
-# %% ../nbs/11_simulator.ipynb #c010
+# %% ../nbs/11_simulator.ipynb #c011
 def _perron(weights, rounds=300):
     "A bound from above on the largest eigenvalue of a matrix without negative entries: the largest (Wv)/v of a power iteration (Collatz, Wielandt)."
     weights, v = weights + 1e-6 / len(weights), np.ones(len(weights))
@@ -85,7 +85,7 @@ def _edges(n_genes, modules, regulators, recipe, rng):
         weights[hit, j] = recipe.weight * rng.gamma(2, 0.5, k) * sign[modules[r], hit] * np.where(rng.random(k) < recipe.flip, -1, 1)
     return weights
 
-# %% ../nbs/11_simulator.ipynb #c012
+# %% ../nbs/11_simulator.ipynb #c013
 def _calmed(weights, regulators, limit):
     "Weights without the edges that point furthest up the hierarchy: as many go as keep the Perron root among regulators within the limit."
     size, step = np.abs(weights[regulators]), np.arange(len(regulators))
@@ -122,7 +122,7 @@ def draw_network(
     network.rest = np.vstack([steady_state(network, base[[t]], t) for t in range(cell_types)])
     return network
 
-# %% ../nbs/11_simulator.ipynb #c014
+# %% ../nbs/11_simulator.ipynb #c015
 def steady_state(
     network: Network,
     drive: np.ndarray, # [N, G] what pushes each gene of each cell
@@ -144,7 +144,7 @@ def steady_state(
         if np.abs(s - before).max(initial=0) < tolerance: break
     return hold((np.tanh(s) * left) @ W.T + drive, held)
 
-# %% ../nbs/11_simulator.ipynb #c023
+# %% ../nbs/11_simulator.ipynb #c024
 def linear_response(
     network: Network,
     cell_type: int = 0, # number of the line
@@ -157,7 +157,7 @@ def linear_response(
     np.fill_diagonal(out, 0)
     return out
 
-# %% ../nbs/11_simulator.ipynb #c026
+# %% ../nbs/11_simulator.ipynb #c027
 SHIFT = {"CRISPRi": -2.2, "CRISPRko": -3.5, "CRISPRa": 1.5, "overexpression": 2.0}
 HILL, SPREAD = 1.2, 0.3 # steepness of a drug's curve; sd of a clamp between cells
 
@@ -184,7 +184,7 @@ def _table(network, rows, cell_type):
                 stress[p, a] = network.essentiality[i] * (SHIFT[mode] < 0)
     return gene, level, drug, inhibition, stress
 
-# %% ../nbs/11_simulator.ipynb #c027
+# %% ../nbs/11_simulator.ipynb #c028
 def _levels(network, table, row, hit, noise, cell_type, spread):
     "Levels [N, G] of cells of the table's rows; `hit` [N, A]: the guide worked; `spread` [N, A] is added to clamps."
     gene, level, drug, inhibition, stress = (x[row] for x in table)
@@ -201,7 +201,7 @@ def _levels(network, table, row, hit, noise, cell_type, spread):
     drive = network.base[cell_type] + noise + np.tanh((hit * stress).sum(1))[:, None] * network.stress
     return steady_state(network, drive, cell_type, clamp, activity)
 
-# %% ../nbs/11_simulator.ipynb #c033
+# %% ../nbs/11_simulator.ipynb #c034
 def _noise(network, n, intrinsic, rng):
     "Fluctuations of the drive [n, G]: each gene's own, and the extrinsic programmes."
     own = rng.standard_normal((n, len(network.modules)), np.float32) * np.float32(intrinsic)
@@ -218,7 +218,7 @@ def _counts(shares, depth, dispersion, rng):
     over = rng.standard_gamma(1 / dispersion, shares.shape) * dispersion if dispersion else 1.0
     return sparse.csr_matrix(rng.poisson(shares * size * over).astype(np.float32))
 
-# %% ../nbs/11_simulator.ipynb #c036
+# %% ../nbs/11_simulator.ipynb #c037
 def _features(network, strength, rng):
     "Features [G + M, 64] of genes and drugs."
     response, n_modules = linear_response(network), network.modules.max() + 1
@@ -231,7 +231,7 @@ def _features(network, strength, rng):
     signal = np.hstack([0.9 * block(response, 32), 0.63 * block(module, 20), 0.63 * block(essential, 12)])
     return (strength * signal + rng.normal(size=signal.shape) + 4.2 * rng.normal(size=signal.shape[1])).astype(np.float32)
 
-# %% ../nbs/11_simulator.ipynb #c038
+# %% ../nbs/11_simulator.ipynb #c039
 def _pairs(singles, modes, network, n, rng):
     "n rows of pairs of singles of one mode, half of them within a module."
     i, j = np.triu_indices(len(singles), 1)
@@ -249,7 +249,7 @@ def _plan(network, n_perturbations, n_doubles, doses, modes, rng):
     pairs = _pairs(singles, modes, network, n_doubles, rng) if n_doubles else []
     return singles + pairs + [(f"DRUG{d}", "drug", float(c)) for d in range(len(network.drugs)) for c in doses]
 
-# %% ../nbs/11_simulator.ipynb #c040
+# %% ../nbs/11_simulator.ipynb #c041
 def _line(network, plan, sizes, cell_type, batches, settings, rng, chunk=2048):
     "Counts and obs of one cell line: `sizes` cells of each row of the plan."
     rows = [(name, [mode] * len(parts(name)), dose) for name, mode, dose in plan]
@@ -266,7 +266,7 @@ def _line(network, plan, sizes, cell_type, batches, settings, rng, chunk=2048):
     return sparse.vstack(blocks, "csr"), obs.assign(time=np.nan, cell_type=f"LINE{cell_type}", batch=batch.astype(str),
                                                     guide_failed=(missed == n_parts[row]) & (n_parts[row] > 0))
 
-# %% ../nbs/11_simulator.ipynb #c041
+# %% ../nbs/11_simulator.ipynb #c042
 def simulate(
     n_genes: int = 512, # G
     n_perturbations: int = 200, # single genes that are perturbed; the strongest ones
@@ -304,7 +304,7 @@ def simulate(
              "recipe": {k: np.asarray(v) for k, v in asdict(recipe).items()}}
     return AnnData(sparse.vstack(blocks, "csr"), obs=obs, var=pd.DataFrame(index=[f"GENE{g}" for g in range(n_genes)]), uns={"truth": truth})
 
-# %% ../nbs/11_simulator.ipynb #c046
+# %% ../nbs/11_simulator.ipynb #c047
 def network_of(
     cells: AnnData, # simulated, raw or prepared
 ) -> Network:
@@ -320,7 +320,7 @@ def simulated_features(
     names = [f"GENE{g}" for g in range(len(network.modules))] + [f"DRUG{d}" for d in range(len(network.drugs))]
     return pd.DataFrame(np.asarray(cells.uns["truth"]["features"]), index=names)
 
-# %% ../nbs/11_simulator.ipynb #c048
+# %% ../nbs/11_simulator.ipynb #c049
 def _modes(cells, name, mode):
     "The mode of each part: as asked, as screened, or the screen's first."
     screened = dict(zip(cells.obs.perturbation.astype(str), cells.obs["mode"].astype(str)))

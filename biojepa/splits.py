@@ -112,7 +112,7 @@ def _check_features(self: Split,
 
 Split.check_features = _check_features
 
-# %% ../nbs/12_splits.ipynb #c026
+# %% ../nbs/12_splits.ipynb #c027
 def _perturbations(cells): return sorted(set(cells.obs.perturbation.astype(str)) - {CONTROL})
 
 def _hold_out(names, hidden):
@@ -129,7 +129,7 @@ def _finish(kind, seed, train, val, test):
     check_split(out)
     return out
 
-# %% ../nbs/12_splits.ipynb #c029
+# %% ../nbs/12_splits.ipynb #c030
 def _count(share, n): return min(max(1, round(share * n)), max(1, n - 2)) if share else 0
 
 def _singles(names): return [n for n in names if len(parts(n)) == 1] or sorted(_genes(names))
@@ -144,7 +144,7 @@ def _unseen_gene(names, seed, test, val, hidden=None):
     train, chosen = _hold_out(rest, set(left[:_count(0.1 if val is None else val, len(left))]))
     return _finish("unseen_gene", seed, train, chosen, tested)
 
-# %% ../nbs/12_splits.ipynb #c033
+# %% ../nbs/12_splits.ipynb #c034
 def _gears_step(names, share, seed):
     "Names that stay and names that go, by steps 1 and 2."
     draw = lambda items: set(np.random.RandomState(seed).choice(items, int(len(items) * share), replace=False)) if len(items) else set()
@@ -162,7 +162,7 @@ def _simulation(names, seed, test, val):
         if val == 0 or not enough or any(len(parts(n)) == 1 for n in chosen): break
     return _finish("simulation", seed, train, chosen, tested)
 
-# %% ../nbs/12_splits.ipynb #c041
+# %% ../nbs/12_splits.ipynb #c042
 def _unseen_pair(names, seed, test, val):
     "Hold out the pairs whose singles are both there; shares, when given, are of these."
     singles = {n for n in names if len(parts(n)) == 1}
@@ -173,7 +173,7 @@ def _unseen_pair(names, seed, test, val):
     held = set(pairs[:j])
     return _finish("unseen_pair", seed, [n for n in names if n not in held], pairs[k:j], pairs[:k])
 
-# %% ../nbs/12_splits.ipynb #c044
+# %% ../nbs/12_splits.ipynb #c045
 def _unseen_context(cells, seed, context, val):
     "Hold out the treated cells of one or more cell types."
     obs, rng = cells.obs, np.random.default_rng(seed)
@@ -193,7 +193,7 @@ def _unseen_context(cells, seed, context, val):
     if not test: raise ValueError(f"unseen_context: no perturbation of {', '.join(held)} was also made in another cell type")
     return Split("unseen_context", seed, tuple(train), tuple(chosen), tuple(test), groups, held, chosen_lines)
 
-# %% ../nbs/12_splits.ipynb #c046
+# %% ../nbs/12_splits.ipynb #c047
 RULES = {"unseen_gene": _unseen_gene, "simulation": _simulation, "unseen_pair": _unseen_pair}
 
 def split(
@@ -214,7 +214,7 @@ def split(
     check_split(out, cells)
     return out
 
-# %% ../nbs/12_splits.ipynb #c054
+# %% ../nbs/12_splits.ipynb #c055
 def folds(
     cells: AnnData, # prepared cells
     k: int = 5, # number of folds
