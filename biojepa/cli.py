@@ -189,7 +189,7 @@ def run_demo(cells, features, splits, out, settings, seed, progress=True):
     typer.echo("judging on the test perturbations")
     card = scorecard(cells, splits, models, features=table, seed=seed)
     what = f"{cells.n_obs} cells, {cells.n_vars} genes, {cells.obs.perturbation.nunique() - 1} perturbations, {len(splits)} split(s)"
-    return card, predictions(cells, splits, models["base"]), dict(what=what, settings=settings)
+    return card, predictions(cells, splits, models["base"]), dict(what=what, settings=settings, gate=[round(m.gate, 3) for m in models["base"]])
 
 def report(result, out, start, data, seed):
     "Write the table, the picture, the predictions and the page; say where they are."
