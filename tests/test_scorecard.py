@@ -163,9 +163,12 @@ def test_truth_wins_everything(card):
 def test_wrong_names_fall_to_the_floor(card):
     t = card.table[card.table.n >= 8].set_index(["split", "metric", "model"]).sort_index()
     assert len(t)
+    gaps = []
     for key in {k[:2] for k in t.index if k[1] in SCORES}:
         value, floor = t.loc[key].value, t.loc[key].floor.iloc[0]
-        assert abs(value["wrong names"] - floor) < 0.2 and value["perfect"] - floor > 0.3
+        gaps.append(value["wrong names"] - floor)
+        assert abs(gaps[-1]) < 0.3 and value["perfect"] - floor > 0.3       # one shuffle of a dozen names scatters
+    assert abs(np.mean(gaps)) < 0.1
 
 
 def test_table_is_tidy(card, screen):
