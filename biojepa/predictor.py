@@ -184,10 +184,12 @@ class Predictor(nn.Module):
                 identity: Tensor,     # identity of the genes [G, D]
                 action,               # ActionBatch of P actions
                 latent: bool = True,  # also predict the latent change? without it mean and log_variance are None
-                generator: torch.Generator | None = None   # draws the noise of training; None: no noise
+                generator: torch.Generator | None = None,  # draws the noise of training; None: no noise
+                genes: Tensor | None = None   # which genes the G tokens are, for the readout; None: all, in order
                ) -> Change:
         change = self.stream(context, identity, action, generator)
-        delta = torch.einsum('pgd,gd->pg', change, self.readout) / change.shape[-1] ** .5
+        readout = self.readout if genes is None else self.readout[genes]
+        delta = torch.einsum('pgd,gd->pg', change, readout) / change.shape[-1] ** .5
         if not latent: return Change(None, None, delta)
         return Change(self.mean(change), self.log_variance_cell(self.cell(context)) + self.log_variance(change), delta)
 

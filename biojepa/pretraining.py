@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'write_atomic', 'save_checkpoint', 'load_checkpoint', 'LoopConfig', 'learning_rate', 'Loop',
-           'PretrainConfig', 'masked_loss_v03', 'masked_loss_base', 'pretrain']
+           'PretrainConfig', 'masked_loss_v03', 'masked_loss_base', 'draw_genes', 'pretrain']
 
 # %% ../nbs/40_pretraining.ipynb #c003
 import json, math, os, tempfile
@@ -208,6 +208,7 @@ class PretrainConfig(LoopConfig):
     "The action-free stage."
     batch: int = 32             # cells per step
     mask: float = 0.6           # share of genes that are hidden; the cost of `base` falls by as much
+    genes: int = 1024           # `base` draws so many genes per step, when there are more
     momentum: float = 0.99      # of the teacher at the start: it forgets its start within some hundred steps
     momentum_end: float = 1.0   # and at the end, when it should stand still
     vicreg_weight: float = 0.1  # against collapse; the L1 term is of order one
@@ -230,17 +231,32 @@ def masked_loss_base(
     model, # a WorldModel of preset 'base'
     x: torch.Tensor, # [B, G] log1p expression
     log_total: torch.Tensor, # [B] log library size
-    visible: torch.Tensor, # [B, Kv] indices of the genes that the student sees
-    masked: torch.Tensor, # [B, Km] indices of hidden genes
+    visible: torch.Tensor, # [B, Kv] places, among `genes`, that the student sees
+    masked: torch.Tensor, # [B, Km] places that are hidden
+    genes: torch.Tensor | None = None, # [K] the genes of this step, which the teacher sees; None: all
 ) -> dict: # the loss parts
     "Visible genes in, the teacher's latents of the hidden ones out."
-    tokens, summary = model.student(x, log_total, visible)      # [B, Kv, D], [B, S, D]
-    predicted = model.masked_predictor(tokens, summary, model.student.identity(masked))  # [B, Km, D]
-    full = model.teacher(x, log_total)                          # [B, G, D]
-    target = full.gather(1, masked[..., None].expand_as(predicted))
+    gene = (lambda place: place) if genes is None else (lambda place: genes[place])
+    tokens, summary = model.student(x, log_total, gene(visible))     # [B, Kv, D], [B, S, D]
+    predicted = model.masked_predictor(tokens, summary, model.student.identity(gene(masked)))   # [B, Km, D]
+    seen = model.teacher(x, log_total, None if genes is None else genes.expand(len(x), -1))     # [B, G or K, D]
+    target = seen.gather(1, masked[..., None].expand_as(predicted))
     return {"l1": l1_latent(predicted, target), "vicreg": vicreg(summary.mean(1))}
 
-# %% ../nbs/40_pretraining.ipynb #c036
+# %% ../nbs/40_pretraining.ipynb #c037
+def draw_genes(
+    n_genes: int, # G
+    n: int, # how many to draw
+    generator: torch.Generator, # makes the draw repeatable
+    keep: torch.Tensor | None = None, # rows that must be among them; negative ones are ignored
+) -> torch.Tensor | None: # [max(n, kept)] rows, ascending; None when that is all genes
+    "A random part of the genes, for one step."
+    if n >= n_genes: return None
+    order = torch.rand(n_genes, generator=generator)
+    if keep is not None: order[keep[keep >= 0].cpu()] = -1.0
+    return order.argsort()[:max(n, int((order < 0).sum()))].sort().values
+
+# %% ../nbs/40_pretraining.ipynb #c041
 def pretrain(
     model, # a WorldModel; its student, teacher and masked predictor are trained in place
     sampler, # a SetSampler over the cells that training may see
@@ -259,8 +275,10 @@ def pretrain(
     def step(i):
         x, log_total = (t.to(device) for t in sampler.cell_batch(i, config.batch))
         generator = torch.Generator().manual_seed(1_000_003 * seed + i)
-        visible, masked = (t.to(device) for t in random_mask(len(x), x.shape[1], config.mask, generator))
-        parts = masked_loss_base(model, x, log_total, visible, masked) if base else masked_loss_v03(model, x, log_total, masked)
+        genes = draw_genes(x.shape[1], config.genes, generator) if base else None
+        visible, masked = (t.to(device) for t in random_mask(len(x), x.shape[1] if genes is None else len(genes), config.mask, generator))
+        if genes is not None: genes = genes.to(device)
+        parts = masked_loss_base(model, x, log_total, visible, masked, genes) if base else masked_loss_v03(model, x, log_total, masked)
         return {"loss": parts["l1"] + config.vicreg_weight * parts["vicreg"], **parts}
 
     def follow(i):
