@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("slow", "gpu", "data")
-ENV = dict(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", MPLBACKEND="agg", TQDM_DISABLE="1", PYTHONHASHSEED="0", PYTHONWARNINGS="ignore")
+ENV = dict(BIOJEPA_PRECISION="float32", OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", MPLBACKEND="agg", TQDM_DISABLE="1", PYTHONHASHSEED="0", PYTHONWARNINGS="ignore")
 
 
 def skipped(source, on):
