@@ -205,7 +205,7 @@ def _change(self: BioJEPA,
     cells: AnnData, # prepared cells that hold the control cells
     actions, # ActionBatch [P]
     cell_types: list, # P contexts
-    chunk: int = 64, # actions per pass
+    chunk: int = 16, # actions per pass: few enough for the cache
 ) -> np.ndarray: # [P, G]
     "What the network alone says about each action: `base` in expression."
     device, out = next(self.model.parameters()).device, np.zeros((len(cell_types), len(self.genes)), dtype=np.float32)

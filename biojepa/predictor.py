@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/34_predictor.ipynb #c007
-from .attention import MLP, LinearAttention, linear_attention
+from .attention import MLP, LinearAttention
 from .cells import MODES
 
 # %% ../nbs/34_predictor.ipynb #c010
@@ -104,10 +104,14 @@ class PartAttention(nn.Module):
         self.q, self.q_change, self.k, self.v, self.out = (_linear(width, width) for _ in range(5))
 
     def forward(self, gene, change, tokens, seen, strength):   # [P or 1, G, D], [P, G, D], [P, A, K, D], [P, A, K], [P, A] -> [P, G, D]
-        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (self.q(gene) + self.q_change(change), self.k(tokens), self.v(tokens)))
-        score = torch.einsum('pghd,pakhd->phgak', q, k) / q.shape[-1] ** .5
-        share = score.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) * strength[:, None, None, :, None]
-        return self.out(torch.einsum('phgak,pakhd->pghd', share, v).flatten(2))   # heads side by side
+        split = lambda x: x.unflatten(-1, (self.heads, -1))
+        k, v = split(self.k(tokens).flatten(1, 2)), split(self.v(tokens).flatten(1, 2))                     # [P, A K, H, d]
+        ask = lambda q: torch.einsum('pnhd,hde->pehn', k, q.weight.unflatten(0, (self.heads, -1))).flatten(2)   # [P, D, H A K]
+        score = (gene @ ask(self.q) + change @ ask(self.q_change)) / k.shape[-1] ** .5                      # [P, G, H A K]
+        score = score.unflatten(-1, (self.heads, *seen.shape[1:])).masked_fill(~seen[:, None, None], -torch.inf)
+        share = score.softmax(-1) * strength[:, None, None, :, None]                                        # [P, G, H, A, K]
+        say = torch.einsum('pnhd,ehd->phne', v, split(self.out.weight)).flatten(1, 2)                       # [P, H A K, D]
+        return share.flatten(2) @ say
 
 # %% ../nbs/34_predictor.ipynb #c049
 class Spread(nn.Module):
@@ -118,8 +122,11 @@ class Spread(nn.Module):
         self.q, self.k, self.v, self.out = (_linear(width, width) for _ in range(4))
 
     def forward(self, gene, change):   # [P or 1, G, D], [P, G, D] -> [P, G, D]
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(gene), self.k(gene), self.v(change)))
-        return self.out(linear_attention(q, k, v).transpose(1, 2).flatten(2))   # [P, H, G, d] -> [P, G, D]
+        q, k = (F.elu(x).unflatten(-1, (self.heads, -1)) + 1 for x in (self.q(gene), self.k(gene)))     # [P or 1, G, H, d]
+        q = q / torch.einsum('pghd,phd->pgh', q, k.sum(1)).clamp(min=1e-6)[..., None]
+        memory = (k.flatten(2).transpose(1, 2) @ change).unflatten(1, (self.heads, -1))                 # [P, H, d, D]
+        out = torch.einsum('hvd,ehv->hde', *(w.unflatten(i, (self.heads, -1)) for i, w in enumerate((self.v.weight, self.out.weight))))
+        return q.flatten(2) @ torch.einsum('phkd,hde->phke', memory, out).flatten(1, 2)                 # [P, D, D] after the flatten
 
 # %% ../nbs/34_predictor.ipynb #c053
 class Gate(nn.Module):
