@@ -1,0 +1,171 @@
+"Training, floor and estimator: laws of the exported modules on small simulated screens."
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from biojepa.cells import BadCells, effects, prepare
+from biojepa.cli import budget, real_splits
+from biojepa.estimator import BioJEPA, centred_correlation
+from biojepa.featurizers import encode_actions
+from biojepa.model import among, build, configure
+from biojepa.perturbations import Action, actions_of
+from biojepa.pretraining import LoopConfig, draw_genes, learning_rate, pick_precision
+from biojepa.readout import Floor, LinearResponse, hold_out_blocks
+from biojepa.sets import SetSampler
+from biojepa.simulator import simulate, simulated_features
+from biojepa.splits import Leak, split
+from biojepa.training import TrainConfig, action_loss_base, control_states, effect_target
+
+few = settings(max_examples=15, deadline=None)
+TINY = dict(model=dict(width=16, layers=1, predictor_layers=1), pretraining=dict(steps=6, batch=8), training=dict(steps=8, sets=4, cells=2, validate_every=4), progress=False, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def screen():
+    cells = prepare(simulate(n_genes=48, n_perturbations=24, n_doubles=10, cells_per_perturbation=12, cell_types=2, seed=1), n_genes=48)
+    return cells, simulated_features(cells), split(cells, "simulation", seed=0)
+
+
+@pytest.fixture(scope="module")
+def model(screen):
+    cells, features, fold = screen
+    return BioJEPA.fit(cells, fold, features=features, seed=0, **TINY)
+
+
+@few
+@given(st.integers(2, 200), st.integers(1, 250), st.integers(0, 99), st.lists(st.integers(-1, 300), max_size=8))
+def test_drawn_genes_hold_what_they_must(n_genes, n, seed, keep):
+    keep = torch.tensor([k for k in keep if k < n_genes], dtype=torch.long)
+    genes = draw_genes(n_genes, n, torch.Generator().manual_seed(seed), keep)
+    if n >= n_genes: assert genes is None; return
+    wanted = {int(k) for k in keep if k >= 0}
+    assert wanted <= set(genes.tolist()) and (genes.diff() > 0).all() and len(genes) == max(n, len(wanted)) and genes.min() >= 0 and genes.max() < n_genes
+
+
+@few
+@given(st.integers(1, 500), st.floats(1e-5, 1), st.floats(0, 0.5))
+def test_the_rate_climbs_then_falls(steps, peak, warmup):
+    config = LoopConfig(steps=steps, lr=peak, warmup=warmup)
+    rates = np.array([learning_rate(i, config) for i in range(steps)])
+    top = rates.argmax()
+    assert (rates > 0).all() and rates.max() <= peak * (1 + 1e-9) and (np.diff(rates[:top + 1]) >= 0).all() and (np.diff(rates[top:]) <= 1e-12).all()
+
+
+def test_precision_is_asked_for_by_name(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("BIOJEPA_PRECISION", "bfloat16")
+    assert pick_precision(cpu) == torch.bfloat16 and pick_precision(cpu, "float32") == torch.float32
+    monkeypatch.setenv("BIOJEPA_PRECISION", "half")
+    with pytest.raises(ValueError, match="half"): pick_precision(cpu)
+
+
+def test_some_genes_are_the_same_as_all_of_them_by_name(screen):
+    cells, features, fold = screen
+    net, sampler = build(configure("base", 48, width=16, layers=1, predictor_layers=1)), SetSampler(fold.cells(cells, "train"), m=3)
+    batch, actions = sampler.batch(0, 6), encode_actions(actions_of(sampler.groups), list(cells.var_names))
+    chosen, target = actions[batch.group], effect_target(effects(fold.cells(cells, "train")), sampler.groups)
+    loss = lambda genes, line=None: action_loss_base(net, batch, chosen, target, TrainConfig(context=99), line=line, genes=genes)
+    for a, b in zip(loss(None).values(), loss(torch.arange(48)).values()): torch.testing.assert_close(a, b)
+    part = torch.unique(torch.cat([torch.arange(0, 48, 3), chosen.target.flatten().clamp(min=0)]))
+    moved = among(chosen, part)
+    known = chosen.target >= 0
+    assert (part[moved.target[known]] == chosen.target[known]).all() and (moved.target[~known] == -1).all()
+    with pytest.raises(ValueError, match="not among"): among(chosen, torch.arange(2))
+    own = control_states(net, batch, torch.arange(6), 99)
+    torch.testing.assert_close(own, net.context(batch.control, batch.control_total))       # a state per set is the plain way
+
+
+def test_the_held_out_floor_is_a_refit_without_those_rows(screen):
+    cells, features, fold = screen
+    seen = fold.cells(cells, "train")
+    floor = Floor(use_response=False).fit(seen, None)
+    blocks = hold_out_blocks(floor.actions)
+    for i in (0, len(blocks) // 2, len(blocks) - 1):
+        keep, less = np.setdiff1d(np.arange(len(blocks)), blocks[i]), copy.copy(floor)
+        rows = floor._kernels([floor.actions[j] for j in keep], [floor.contexts[j] for j in keep])
+        less.blocks, less.noise, less.scores = rows, floor.noise[keep], floor.scores[keep]
+        grams = [x @ x.T / floor.scale[n] for n, x in rows.items()]
+        K = sum(w * g for w, g in zip(floor.weights, grams)) / np.sqrt(np.outer(less.noise, less.noise))
+        values, less.vectors = np.linalg.eigh(K)
+        less.values = np.maximum(values, 0)
+        less._dual()
+        again = less.predict([floor.actions[i]], [floor.contexts[i]])[0][0]
+        assert np.allclose(again, floor.held_out[i], atol=1e-6 + 1e-4 * np.abs(again).max())
+        assert all({p.target for p in floor.actions[i].parts} & {p.target for p in floor.actions[j].parts} for j in blocks[i])
+
+
+def test_a_floor_says_nothing_about_no_action_and_keeps_its_word_on_disk(screen):
+    cells, features, fold = screen
+    floor = Floor().fit(fold.cells(cells, "train"), None)
+    mean, std = floor.predict([Action(()), floor.actions[0]], ["LINE0", "LINE0"])
+    assert not mean[0].any() and (std[0] <= std[1] + 1e-9).all() and mean[1].any() and (std[1] > 0).all()
+    again = Floor.from_state(*floor.state())
+    assert np.allclose(again.predict(floor.actions, floor.contexts)[0], floor.predict(floor.actions, floor.contexts)[0], atol=1e-5)
+    assert LinearResponse().fit(fold.cells(cells, "train")).profile([Action(())], ["LINE0"]).any() == False  # noqa: E712
+
+
+def test_predictions_do_not_depend_on_order_and_survive_the_disk(model, screen, tmp_path):
+    cells, features, fold = screen
+    a, b = [n for n in fold.test if "+" not in n][:2]
+    first, second = model.predict(cells, [a, f"{a}+{b}"]), model.predict(cells, [f"{b}+{a}", a])
+    assert first.n_obs == 4 and set(first.obs.cell_type) == {"LINE0", "LINE1"}
+    for line in ("LINE0", "LINE1"):
+        x, y = (p[(p.obs.cell_type == line).values] for p in (first, second))
+        assert np.allclose(x.layers["delta"][[0, 1]], y.layers["delta"][[1, 0]], atol=1e-5)
+    assert (first.layers["std"] > 0).all() and 0 <= model.gate <= 1 and model.stretch > 0
+    assert (model.predict(cells, ["control"]).layers["delta"] == 0).all()
+    loaded = BioJEPA.load(model.save(tmp_path / "m"))
+    assert np.allclose(loaded.predict(cells, [a, f"{a}+{b}"]).layers["delta"], first.layers["delta"], atol=1e-5)
+    assert np.array_equal(loaded.predict(cells, [a]).layers["std"] > 0, np.ones((2, 48), bool))
+
+
+def test_the_support_is_one_for_seen_targets_and_less_for_others(model, screen):
+    cells, features, fold = screen
+    seen, unseen = fold.train[0], next(n for n in fold.test if fold.groups[n] == "unseen_gene")
+    out = model.predict(cells, [seen, unseen], cell_type="LINE0").obs.support
+    assert out.iloc[0] == 1 and 0 <= out.iloc[1] < 1
+
+
+def test_refusals_name_what_is_wrong(model, screen, tmp_path):
+    cells, features, fold = screen
+    with pytest.raises(BadCells, match="LINE9"): model.predict(cells, [fold.test[0]], cell_type="LINE9")
+    with pytest.raises(BadCells, match=cells.var_names[0]): model.predict(cells[:, 1:].copy(), [fold.test[0]])
+    with pytest.raises(FileNotFoundError, match="model.json"): BioJEPA.load(tmp_path)
+    from biojepa.featurizers import as_table
+    everyone = as_table(features).fit([n for n in fold.test if "+" not in n])
+    with pytest.raises(Leak): BioJEPA.fit(cells, fold, features=everyone, **TINY)
+    BioJEPA.fit(cells, fold, features=features, out=tmp_path / "run", **TINY)
+    with pytest.raises(ValueError, match="other settings"): BioJEPA.fit(cells, fold, features=features, seed=5, out=tmp_path / "run", **TINY)
+
+
+def test_the_network_can_be_all_or_nothing(screen):
+    cells, features, fold = screen
+    alone = BioJEPA.fit(cells, fold, features=features, network=False, **TINY)
+    assert alone.gate == 0 and not alone.history
+    bare = BioJEPA.fit(cells, fold, features=features, floor=False, **TINY)
+    name = [n for n in fold.test if "+" not in n][0]
+    change = bare.predict(cells, [name], cell_type="LINE0").layers["delta"][0]
+    assert bare.floor is None and bare.gate == 1 and change.any()
+
+
+@few
+@given(st.integers(0, 10**6))
+def test_centred_correlation_is_what_it_says(seed):
+    rng = np.random.default_rng(seed)
+    a, b, c = rng.normal(size=(3, 20)), rng.normal(size=(3, 20)), rng.normal(size=20)
+    direct = np.mean([np.corrcoef(x - c, y - c)[0, 1] for x, y in zip(a, b)])
+    assert np.isclose(centred_correlation(a, b, c), direct)
+    assert np.isclose(centred_correlation(c + 2 * (b - c), b, c), 1) and centred_correlation(np.tile(c, (3, 1)), b, c) == 0
+
+
+def test_splits_of_a_real_screen_judge_every_single_once(screen):
+    cells = screen[0]
+    splits = real_splits(cells, 0)
+    singles = {n for n in cells.obs.perturbation if n != "control" and "+" not in n}
+    tested = [n for s in splits[:5] for n in s.test if "+" not in n]
+    assert sorted(tested) == sorted(singles) and len(splits) == 6 and all("+" in n for n in splits[5].test)
+    assert budget(5)["base"]["training"]["steps"] < budget(1)["base"]["training"]["steps"] and set(budget(1)) == {"base", "v0_3"}
