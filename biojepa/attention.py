@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['softmax_attention', 'linear_attention', 'LinearAttention', 'CrossAttention', 'MLP', 'Block']
 
-# %% ../nbs/30_attention.ipynb #c002
+# %% ../nbs/30_attention.ipynb #c003
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
