@@ -6,7 +6,7 @@
 __all__ = ['CONTROL', 'MODES', 'COLUMNS', 'SCHEMA', 'KEYS', 'BadCells', 'parts', 'join_parts', 'gene_hash', 'prepare', 'dense',
            'check', 'conditions', 'effects']
 
-# %% ../nbs/10_cells.ipynb #c002
+# %% ../nbs/10_cells.ipynb #c003
 import hashlib, warnings
 from copy import deepcopy
 
@@ -16,7 +16,7 @@ import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
 
-# %% ../nbs/10_cells.ipynb #c008
+# %% ../nbs/10_cells.ipynb #c009
 CONTROL = "control"  # the one name of cells that nothing was done to
 MODES = ("control", "CRISPRi", "CRISPRa", "CRISPRko", "overexpression", "drug", "cytokine")
 COLUMNS = ("perturbation", "mode", "dose", "time", "cell_type", "batch", "log_total")  # of obs
@@ -24,41 +24,51 @@ SCHEMA = 1           # version of the contract
 
 class BadCells(ValueError): "Cells that break the contract; the message names the column, gene or cell."
 
-# %% ../nbs/10_cells.ipynb #c010
+# %% ../nbs/10_cells.ipynb #c011
 def parts(
     name: str, # 'B+A', 'A' or 'control'
 ) -> tuple: # ('A', 'B'), ('A',) or ()
     "Targets of a perturbation, sorted, each once; control has none."
     return () if name == CONTROL else tuple(sorted({p.strip() for p in str(name).split("+")}))
 
+# %% ../nbs/10_cells.ipynb #c012
 def join_parts(
     names, # targets, in any order
 ) -> str: # 'A+B', or 'control' for none
     "The one name of a combination."
     return "+".join(sorted(set(names))) or CONTROL
 
-# %% ../nbs/10_cells.ipynb #c013
+# %% ../nbs/10_cells.ipynb #c015
 def _name(label, control, sep):
     "Our name of one label of the file."
     if label == control: return CONTROL
-    if label == CONTROL: raise BadCells(f"a perturbation is called {CONTROL!r}, but the controls are {control!r}; rename or drop one of the two")
-    if sep != "+" and "+" in label: raise BadCells(f"perturbation {label!r} holds a '+', which joins the parts of a combination here; rename it")
+    if label == CONTROL:
+        raise BadCells(f"a perturbation is called {CONTROL!r}, but the controls are {control!r}; rename or drop one of the two")
+    if sep != "+" and "+" in label:
+        raise BadCells(f"perturbation {label!r} holds a '+', which joins the parts of a combination here; rename it")
     targets = [t.strip() for t in label.split(sep)] if sep else [label]
     if not all(targets): raise BadCells(f"perturbation {label!r} has an empty part")
     return join_parts(t for t in targets if t != control)
 
+# %% ../nbs/10_cells.ipynb #c016
+def _need(adata, column, use="", more=""):
+    "Refuse a column that obs does not have."
+    if column not in adata.obs: raise BadCells(f"obs has no column {column!r}{use}; it has {list(adata.obs.columns)}{more}")
+
+# %% ../nbs/10_cells.ipynb #c017
 def _names(adata, column, control, sep):
     "The name of every cell's perturbation [N]."
-    if column not in adata.obs: raise BadCells(f"obs has no column {column!r}; it has {list(adata.obs.columns)}")
+    _need(adata, column)
     labels = adata.obs[column]
     if labels.isna().any(): raise BadCells(f"column {column!r} is empty for cell {adata.obs_names[labels.isna().argmax()]!r}")
     labels = labels.astype(str)
     names = labels.map({l: _name(l, control, sep) for l in labels.unique()}).to_numpy(str)
     if not (names == CONTROL).any():
-        raise BadCells(f"no cell has {column} == {control!r}, so there are no controls; name them with control=, one of {sorted(labels.unique())[:8]}")
+        choice = sorted(labels.unique())[:8]
+        raise BadCells(f"no cell has {column} == {control!r}, so there are no controls; name them with control=, one of {choice}")
     return names
 
-# %% ../nbs/10_cells.ipynb #c017
+# %% ../nbs/10_cells.ipynb #c022
 def _first(adata, bad):
     "The first entry of X for which bad(values) holds, as text, or None."
     X = adata.X
@@ -68,7 +78,7 @@ def _first(adata, bad):
     else: (i, j), v = divmod(at[0], X.shape[1]), X.ravel()[at[0]]
     return f"{v:g} for cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}"
 
-# %% ../nbs/10_cells.ipynb #c020
+# %% ../nbs/10_cells.ipynb #c025
 def _check_values(adata, kind):
     "Refuse numbers that are not what `kind` says they are."
     if kind not in ("counts", "log1p"): raise BadCells(f"kind={kind!r} is neither 'counts' nor 'log1p'")
@@ -78,58 +88,65 @@ def _check_values(adata, kind):
     if bad: raise BadCells(f"X holds {bad}; a negative value means that it was scaled or centred, take the raw counts")
     fraction = _first(adata, lambda v: v != np.rint(v))
     if kind == "counts" and fraction:
-        logged = "it looks logged already: take the raw counts, or say kind='log1p'" if adata.X.max() < 20 else "raw counts are whole numbers"
-        raise BadCells(f"X holds {fraction}; {logged}")
-    if kind == "log1p" and not fraction: raise BadCells("X holds whole numbers only, so it looks like raw counts: leave kind='counts'")
+        logged = "it looks logged already: take the raw counts, or say kind='log1p'"
+        raise BadCells(f"X holds {fraction}; {logged if adata.X.max() < 20 else 'raw counts are whole numbers'}")
+    if kind == "log1p" and not fraction:
+        raise BadCells("X holds whole numbers only, so it looks like raw counts: leave kind='counts'")
     if kind == "log1p": _check_logged(adata)
 
+# %% ../nbs/10_cells.ipynb #c026
 def _check_logged(adata):
     "Refuse logged values that are not of counts per 10,000."
     per_cell = np.asarray(np.expm1(adata.X).sum(1, dtype=np.float64)).ravel()
     if per_cell.max() > 1.01e4:
-        raise BadCells(f"cell {adata.obs_names[per_cell.argmax()]!r} adds up to {per_cell.max():.0f} when the log is undone, more than 10,000: X must be log1p of counts per 10,000")
+        raise BadCells(f"cell {adata.obs_names[per_cell.argmax()]!r} adds up to {per_cell.max():.0f} when the log is undone, "
+                       "more than 10,000: X must be log1p of counts per 10,000")
 
-# %% ../nbs/10_cells.ipynb #c021
+# %% ../nbs/10_cells.ipynb #c027
 def _check_axes(adata):
     "Refuse names that occur twice and cells without counts."
     for what, index in (("gene", adata.var_names), ("cell", adata.obs_names)):
         twice = index[index.duplicated()]
         if len(twice): raise BadCells(f"{what} {twice[0]!r} occurs more than once; add the copies up or rename them")
     empty = np.flatnonzero(np.asarray(adata.X.sum(1)).ravel() == 0)
-    if len(empty): raise BadCells(f"cell {adata.obs_names[empty[0]]!r} is empty ({len(empty)} of {adata.n_obs} are); leave them out (scanpy.pp.filter_cells)")
+    if len(empty):
+        raise BadCells(f"cell {adata.obs_names[empty[0]]!r} is empty ({len(empty)} of {adata.n_obs} are); "
+                       "leave them out (scanpy.pp.filter_cells)")
 
-# %% ../nbs/10_cells.ipynb #c024
+# %% ../nbs/10_cells.ipynb #c029
 def _column(adata, key, value, default):
     "One described property of every cell [N], not yet converted."
-    if value is None: value = key if key in adata.obs else default
-    elif isinstance(value, str) and value not in adata.obs and not (key == "mode" and value in MODES):
-        raise BadCells(f"obs has no column {value!r} for {key}=; it has {list(adata.obs.columns)}{f', and the modes are {MODES[1:]}' if key == 'mode' else ''}")
-    if isinstance(value, str) and value in adata.obs and not (key == "mode" and value in MODES): return adata.obs[value]
-    return pd.Series(value, index=adata.obs_names)
+    column = (key if key in adata.obs else default) if value is None else value
+    named = isinstance(column, str) and not (key == "mode" and column in MODES)
+    if named and value is not None: _need(adata, value, f" for {key}=", f", and the modes are {MODES[1:]}" if key == "mode" else "")
+    return adata.obs[column] if named and column in adata.obs else pd.Series(column, index=adata.obs_names)
 
+# %% ../nbs/10_cells.ipynb #c030
 def _number(label, key):
     "A dose or time; '1+1' is one dose given twice over, to both parts."
     try: values = {float(v) for v in str(label).split("+")}
     except ValueError: values = set()
-    if len(values) != 1 or not 0 <= min(values) < np.inf: raise BadCells(f"{key} {label!r} is not one number from 0 up; map the column first, or give {key}= a number")
+    if len(values) != 1 or not 0 <= min(values) < np.inf:
+        raise BadCells(f"{key} {label!r} is not one number from 0 up; map the column first, or give {key}= a number")
     return values.pop()
 
-# %% ../nbs/10_cells.ipynb #c025
+# %% ../nbs/10_cells.ipynb #c031
 def _describe(adata, names, given, defaults):
     "The contract's columns of obs, in order, from what the caller gave."
     control, obs = names == CONTROL, pd.DataFrame({"perturbation": names}, index=adata.obs_names)
     for key, default in defaults.items():
         values = _column(adata, key, given[key], default)
         gaps = values.isna().to_numpy() & (~control if key in ("dose", "mode") else True)
-        if key != "time" and gaps.any(): raise BadCells(f"column {values.name or key!r} is empty for cell {adata.obs_names[gaps.argmax()]!r}")
-        if key in ("dose", "time"): values = values.astype(object).map({v: _number(v, key) for v in values[~control].dropna().unique()})
-        obs[key] = values.to_numpy(float if key in ("dose", "time") else str)
+        if key != "time" and gaps.any():
+            raise BadCells(f"column {values.name or key!r} is empty for cell {adata.obs_names[gaps.argmax()]!r}")
+        number = {v: _number(v, key) for v in values[~control].dropna().unique()} if key in ("dose", "time") else None
+        obs[key] = values.to_numpy(str) if number is None else values.astype(object).map(number).to_numpy(float)
     obs.loc[control, "mode"], obs.loc[control, "dose"] = CONTROL, 0.0
     wrong = sorted(set(obs["mode"][~control]) - set(MODES[1:]))
     if wrong: raise BadCells(f"mode {wrong[0]!r} is not one of {MODES[1:]}")
     return obs
 
-# %% ../nbs/10_cells.ipynb #c028
+# %% ../nbs/10_cells.ipynb #c033
 def _check_groups(obs):
     "Refuse perturbations with one cell, and cell types without two controls."
     n = obs.perturbation.value_counts()
@@ -138,45 +155,53 @@ def _check_groups(obs):
     n = obs.cell_type[control].value_counts().reindex(obs.cell_type.unique(), fill_value=0)
     if n.min() < 2: raise BadCells(f"cell type {n.idxmin()!r} has {n.min()} controls; its perturbed cells cannot be compared with anything")
 
-# %% ../nbs/10_cells.ipynb #c031
+# %% ../nbs/10_cells.ipynb #c035
 def _choose_genes(cells, n, select, targets):
     "Numbers of the genes to keep, in their order: all measured targets, then the best by control cells."
     if n < 1: raise BadCells(f"n_genes={n}: keep at least one gene")
     control = cells[(cells.obs.perturbation == CONTROL).values]
     if select == "mean": score = np.asarray(control.X.mean(0)).ravel()
-    elif select == "hvg": score = sc.pp.highly_variable_genes(control, flavor="seurat", n_top_genes=min(n, cells.n_vars), inplace=False)["dispersions_norm"].to_numpy()
+    elif select == "hvg":
+        table = sc.pp.highly_variable_genes(control, flavor="seurat", n_top_genes=min(n, cells.n_vars), inplace=False)
+        score = table["dispersions_norm"].to_numpy()
     else: raise BadCells(f"select={select!r} is neither 'mean' nor 'hvg'")
     score = np.where(cells.var_names.isin(targets), np.inf, np.nan_to_num(score, nan=-1e9, posinf=1e9))
     return np.sort(np.argsort(-score, kind="stable")[:max(n, np.isinf(score).sum())])
 
-# %% ../nbs/10_cells.ipynb #c033
+# %% ../nbs/10_cells.ipynb #c037
 def _normalise(X, total):
     "log1p of counts per 10,000 of each cell's total; sparse stays sparse."
     out, summed = AnnData(X.copy()), np.asarray(X.sum(1, dtype=np.float64)).ravel()
     sc.pp.normalize_total(out, target_sum=1e4)
     share = (summed / total).astype(np.float32)
-    if (share < 1).any(): out.X = sparse.csr_matrix(sparse.diags(share) @ out.X) if sparse.issparse(X) else out.X * share[:, None]
+    if (share < 1).any():
+        out.X = sparse.csr_matrix(sparse.diags(share) @ out.X) if sparse.issparse(X) else out.X * share[:, None]
     sc.pp.log1p(out)
     return out.X.astype(np.float32)
 
+# %% ../nbs/10_cells.ipynb #c038
 def _totals(adata, column, kind):
     "The library size of each cell [N]."
     X = np.expm1(adata.X) if kind == "log1p" else adata.X
     summed = np.asarray(X.sum(1, dtype=np.float64)).ravel()
     if column is None: return summed
-    if column not in adata.obs: raise BadCells(f"obs has no column {column!r} for total=; it has {list(adata.obs.columns)}")
+    _need(adata, column, " for total=")
     total = pd.to_numeric(adata.obs[column], errors="coerce").to_numpy(float)
     bad = ~(total > 0) | ((total < summed) if kind == "counts" else False)
-    if bad.any(): raise BadCells(f"column {column!r} says {adata.obs[column].iloc[bad.argmax()]} for cell {adata.obs_names[bad.argmax()]!r}, whose genes add up to {summed[bad.argmax()]:g}")
+    if bad.any():
+        i = bad.argmax()
+        raise BadCells(f"column {column!r} says {adata.obs[column].iloc[i]} for cell {adata.obs_names[i]!r}, "
+                       f"whose genes add up to {summed[i]:g}")
     return total
 
-# %% ../nbs/10_cells.ipynb #c034
+# %% ../nbs/10_cells.ipynb #c039
 def gene_hash(
     names, # gene names, in order
 ) -> str: # 16 hexadecimal digits
     "A fingerprint of a gene list; the order counts."
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
+# %% ../nbs/10_cells.ipynb #c040
 def _absent(names, obs, genes):
     "Perturbed genes that were not measured; drugs and cytokines are no genes."
     chemical = obs["mode"].isin(["drug", "cytokine"]).to_numpy()
@@ -187,22 +212,25 @@ def _absent(names, obs, genes):
         warnings.warn(f"{len(absent)} of {len(targets)} perturbed genes are not measured: {', '.join(absent[:8])}{more}", stacklevel=4)
     return targets, absent
 
-# %% ../nbs/10_cells.ipynb #c036
+# %% ../nbs/10_cells.ipynb #c042
 def _leave_out(adata, column, drop):
     "The cells whose label is not in `drop`."
     drop = [drop] if isinstance(drop, str) else list(drop)
     if not drop or column not in adata.obs: return adata
     labels = adata.obs[column].astype(str)
     unknown = [d for d in drop if not (labels == d).any()]
-    if unknown: raise BadCells(f"drop names {unknown[0]!r}, but no cell has {column} == {unknown[0]!r}; values are {sorted(labels.unique())[:8]}")
+    if unknown:
+        raise BadCells(f"drop names {unknown[0]!r}, but no cell has {column} == {unknown[0]!r}; values are {sorted(labels.unique())[:8]}")
     return adata[~labels.isin(drop).to_numpy()]
 
+# %% ../nbs/10_cells.ipynb #c043
 def _plain(adata):
     "The same cells with X as csr or as an array, and no more than is read."
     if adata.X is None: raise BadCells("X is empty; put the counts there first, for instance adata.X = adata.layers['counts']")
-    return AnnData(sparse.csr_matrix(adata.X) if sparse.issparse(adata.X) else np.asarray(adata.X), obs=adata.obs, var=adata.var[[]], uns=adata.uns)
+    X = sparse.csr_matrix(adata.X) if sparse.issparse(adata.X) else np.asarray(adata.X)
+    return AnnData(X, obs=adata.obs, var=adata.var[[]], uns=adata.uns)
 
-# %% ../nbs/10_cells.ipynb #c038
+# %% ../nbs/10_cells.ipynb #c044
 def prepare(
     adata: AnnData, # a screen, N cells x genes; left as it is
     perturbation: str = "perturbation", # column of obs: what was done to each cell
@@ -231,7 +259,7 @@ def prepare(
     obs["log_total"] = np.log1p(size).astype(np.float32)
     return _build(adata, obs, size, kind, n_genes, select, total)
 
-# %% ../nbs/10_cells.ipynb #c039
+# %% ../nbs/10_cells.ipynb #c045
 def _build(adata, obs, size, kind, n_genes, select, total):
     "The prepared cells, from parts that were checked."
     rest = adata.obs.drop(columns=[c for c in COLUMNS if c in adata.obs])
@@ -241,34 +269,38 @@ def _build(adata, obs, size, kind, n_genes, select, total):
     keep = _choose_genes(out, n_genes, select, targets)
     out = out[:, keep].copy()
     if kind == "counts": out.layers["counts"] = X[:, keep]
-    out.uns["biojepa"] = dict(schema=SCHEMA, kind="cells", input=kind, select=select, n_genes=int(n_genes), total=total or "", absent=np.array(absent, dtype=str),
-                              input_genes=np.array(adata.var_names, dtype=str), input_hash=gene_hash(adata.var_names), genes_hash=gene_hash(out.var_names))
+    out.uns["biojepa"] = dict(
+        schema=SCHEMA, kind="cells", input=kind, select=select, n_genes=int(n_genes), total=total or "",
+        absent=np.array(absent, dtype=str), input_genes=np.array(adata.var_names, dtype=str),
+        input_hash=gene_hash(adata.var_names), genes_hash=gene_hash(out.var_names))
     if "truth" in adata.uns: out.uns["truth"] = deepcopy(adata.uns["truth"])
     return out
 
-# %% ../nbs/10_cells.ipynb #c042
+# %% ../nbs/10_cells.ipynb #c048
 def dense(
     X, # array or sparse matrix [N, G]
 ) -> np.ndarray: # float32 [N, G]
     "A plain float32 array, whatever it was."
     return np.asarray(X.toarray() if sparse.issparse(X) else X, dtype=np.float32)
 
-# %% ../nbs/10_cells.ipynb #c057
+# %% ../nbs/10_cells.ipynb #c064
 def check(
     cells: AnnData, # what somebody passed
 ) -> None:
     "Raise BadCells unless these cells follow the contract."
     facts = cells.uns.get("biojepa", {})
     if facts.get("kind") != "cells": raise BadCells("these cells were not prepared; call biojepa.prepare(adata, ...) first")
-    if facts["schema"] != SCHEMA: raise BadCells(f"these cells follow schema {facts['schema']}, this version reads {SCHEMA}; prepare the file again")
+    if facts["schema"] != SCHEMA:
+        raise BadCells(f"these cells follow schema {facts['schema']}, this version reads {SCHEMA}; prepare the file again")
     missing = [c for c in COLUMNS if c not in cells.obs]
     if missing: raise BadCells(f"obs has lost the column {missing[0]!r}; prepare the file again")
     bad = _first(cells, lambda v: ~np.isfinite(v)) if cells.X is not None else "nothing"
     if bad: raise BadCells(f"X holds {bad}")
 
-# %% ../nbs/10_cells.ipynb #c064
+# %% ../nbs/10_cells.ipynb #c072
 KEYS = ["perturbation", "cell_type", "mode", "dose", "time"]  # what makes a condition
 
+# %% ../nbs/10_cells.ipynb #c073
 def conditions(
     cells: AnnData, # prepared cells, N
 ) -> tuple: # (DataFrame of P rows: KEYS and n_cells, sorted; array [N] of row numbers, -1 for controls)
@@ -279,13 +311,14 @@ def conditions(
     code = np.full(cells.n_obs, -1); code[treated] = grouped.ngroup()
     return grouped.size().rename("n_cells").reset_index().replace({"time": {np.inf: np.nan}}), code
 
-# %% ../nbs/10_cells.ipynb #c067
+# %% ../nbs/10_cells.ipynb #c076
 def _average(code, n):
     "A sparse [n, N] matrix whose row k averages the cells with code k."
     own = np.flatnonzero(code >= 0)
     size = np.bincount(code[own], minlength=n)
     return sparse.csr_matrix((1 / size[code[own]], (code[own], own)), shape=(n, len(code)))
 
+# %% ../nbs/10_cells.ipynb #c077
 def _control_weights(cells, table, code):
     "A sparse [P, N] matrix: the weight of every control cell for each condition; rows add up to 1."
     line, batch, own = cells.obs.cell_type.to_numpy(str), cells.obs.batch.to_numpy(str), code >= 0
@@ -297,11 +330,12 @@ def _control_weights(cells, table, code):
         if not same.any(): raise BadCells(f"cell type {c!r} has no control cells here, so its effects are unknown")
         here = same & (batch == b)
         rows.append(sparse.csr_matrix((here if here.any() else same) / (here.sum() or same.sum())))
-    share = key.merge(places.reset_index(names="place")).groupby(["condition", "place"]).size().reset_index(name="n")
-    share = sparse.csr_matrix((share.n / table.n_cells.to_numpy()[share.condition], (share.condition, share.place)), shape=(len(table), len(places)))
+    n = key.merge(places.reset_index(names="place")).groupby(["condition", "place"]).size().reset_index(name="n")
+    share = n.n / table.n_cells.to_numpy()[n.condition]
+    share = sparse.csr_matrix((share, (n.condition, n.place)), shape=(len(table), len(places)))
     return share @ sparse.vstack(rows, format="csr")
 
-# %% ../nbs/10_cells.ipynb #c069
+# %% ../nbs/10_cells.ipynb #c079
 def _halve(cells, half, seed):
     "One half of the cells: of every condition and of the controls, batch by batch."
     stratum = pd.factorize(cells.obs.cell_type.astype(str) + "\t" + cells.obs.batch.astype(str), sort=True)[0]
@@ -310,6 +344,7 @@ def _halve(cells, half, seed):
     keep = np.zeros(cells.n_obs, bool); keep[order[half::2]] = True
     return cells[keep]
 
+# %% ../nbs/10_cells.ipynb #c080
 def _variance(weights, X, mean):
     "Sample variance of the cells of each row of an averaging matrix [n, N]; NaN for one cell."
     n = np.diff(weights.indptr)[:, None]
@@ -318,7 +353,7 @@ def _variance(weights, X, mean):
 
 def _product(weights, X): return np.asarray((weights @ X).toarray() if sparse.issparse(X) else weights @ X, dtype=np.float64)
 
-# %% ../nbs/10_cells.ipynb #c070
+# %% ../nbs/10_cells.ipynb #c081
 def effects(
     cells: AnnData, # prepared cells with controls
     half: int | None = None, # 0 or 1: only that random half of the treated and of the control cells
@@ -336,12 +371,17 @@ def effects(
     mean, reference = _product(treated, cells.X), _product(weights, cells.X)
     noise = _variance(control, cells.X, _product(control, cells.X))[np.searchsorted(lines, table.cell_type)]
     sem = np.sqrt(_variance(treated, cells.X, mean) / table.n_cells.to_numpy()[:, None] + noise * np.asarray(weights.power(2).sum(1)))
-    layers = {k: v.astype(np.float32) for k, v in dict(mean=mean, control=reference, sem=sem).items()}
-    table.index = _row_names(table)
-    return AnnData((mean - reference).astype(np.float32), obs=table, var=cells.var[[]], layers=layers,
-                   uns={"biojepa": dict(schema=SCHEMA, kind="signature", units="log1p of counts per 10,000", genes_hash=gene_hash(cells.var_names))})
+    return _table(table, mean, reference, sem, cells.var)
 
-# %% ../nbs/10_cells.ipynb #c071
+# %% ../nbs/10_cells.ipynb #c082
+def _table(table, mean, control, sem, var):
+    "Effects as an AnnData of P conditions x G genes."
+    layers = {k: v.astype(np.float32) for k, v in dict(mean=mean, control=control, sem=sem).items()}
+    table.index = _row_names(table)
+    facts = dict(schema=SCHEMA, kind="signature", units="log1p of counts per 10,000", genes_hash=gene_hash(var.index))
+    return AnnData((mean - control).astype(np.float32), obs=table, var=var[[]], layers=layers, uns={"biojepa": facts})
+
+# %% ../nbs/10_cells.ipynb #c083
 def _row_names(table):
     "The perturbation; cell type, mode, dose and time are added when names would repeat."
     names = table.perturbation.astype(str)

@@ -129,6 +129,84 @@ def test_other_refusals():
     assert "half=2" in refused(lambda: effects(prepare(raw), half=2), ValueError)
 
 
+def as_array(seed=0):
+    "The same screens with an array for X, and one more column."
+    raw = screen(seed, as_sparse=False)
+    raw.obs["note"] = "x"
+    return raw
+
+
+def with_column(name, values):
+    raw = as_array(); raw.obs[name] = values
+    return raw
+
+
+@pytest.mark.parametrize("label, control, sep, word", [("control", "NT", "_", "called"), ("A_", "NT", "_", "empty part"), ("A+B", "NT", "_", "holds a '+'")])
+def test_names_that_could_be_read_in_two_ways(label, control, sep, word):
+    raw = with_column("guide", [control, label] * (as_array().n_obs // 2) + [control] * (as_array().n_obs % 2))
+    assert word in refused(lambda: prepare(raw, "guide", control, sep=sep))
+
+
+def test_names_that_can_be_read():
+    raw = as_array()
+    for label, sep, name in (("A_A", "_", "A"), ("B_NT", "_", "B"), ("A+B", "+", "A+B"), ("HLA-A_x", None, "HLA-A_x")):
+        raw.obs["guide"] = np.where(np.arange(raw.n_obs) % 2, label, "NT")
+        assert set(prepare(raw, "guide", "NT", sep=sep).obs.perturbation) == {CONTROL, name}
+
+
+def test_doses():
+    treated = as_array().obs.perturbation != CONTROL
+    assert set(prepare(with_column("dose", np.where(treated, "1+1", "1"))).obs.dose) == {0.0, 1.0}
+    bad = with_column("dose", np.where(treated, "1+2", "1"))
+    assert "dose '1+2'" in refused(lambda: prepare(bad))
+    assert set(prepare(bad, dose=2.5).obs.dose) == {0.0, 2.5}
+    for value in (-1, np.inf):
+        assert "from 0 up" in refused(lambda: prepare(as_array(), dose=value)) and "from 0 up" in refused(lambda: prepare(as_array(), time=value))
+
+
+def test_more_refusals():
+    low = with_column("umi", 3)
+    assert "'umi'" in refused(lambda: prepare(low, total="umi")) and "'umi2'" in refused(lambda: prepare(low, total="umi2"))
+    assert "says many" in refused(lambda: prepare(with_column("umi", "many"), total="umi"))
+    much = as_array(); much.X = np.log1p(1e4 * much.X)
+    assert "more than 10,000" in refused(lambda: prepare(much, kind="log1p"))
+    assert "neither" in refused(lambda: prepare(low, kind="tpm")) and "neither" in refused(lambda: prepare(low, select="random"))
+    assert "at least one" in refused(lambda: prepare(low, n_genes=0)) and "CRISPRko" in refused(lambda: prepare(low, mode="knock-out"))
+    assert "X is empty" in refused(lambda: prepare(AnnData(obs=low.obs, var=low.var)))
+
+
+def test_a_mode_for_each_cell_and_what_is_carried_along():
+    raw = as_array(); name = raw.obs.perturbation.iloc[-1]
+    raw.obs["how"] = np.where(raw.obs.perturbation == name, "CRISPRa", "CRISPRi"); raw.uns["truth"] = {"net": np.ones(2)}
+    cells = prepare(raw, mode="how")
+    assert set(cells.obs["mode"]) == {CONTROL, "CRISPRa", "CRISPRi"} and set(cells.obs["mode"][cells.obs.perturbation == name]) == {"CRISPRa"}
+    assert set(cells.obs.batch) == {"b0", "b1"} and "note" in cells.obs and (cells.uns["truth"]["net"] == 1).all()
+
+
+def test_rows_of_effects_get_names_that_differ():
+    cells = prepare(screen(3, cells=8, lines=2)); e = effects(cells)
+    assert e.obs_names.is_unique and all("@L" in n for n in e.obs_names)
+    one = cells[cells.obs.cell_type == "L0"].copy(); name = effects(one).obs_names[0]
+    own = np.flatnonzero(one.obs.perturbation == name)
+    one.obs["mode"] = np.where(np.isin(np.arange(one.n_obs), own[:4]), "CRISPRa", one.obs["mode"].astype(str))
+    assert {f"{name}@CRISPRa", f"{name}@CRISPRi"} <= set(effects(one).obs_names)
+
+
+def test_effects_without_controls_and_of_one_cell():
+    cells = prepare(screen(4))
+    assert "no control cells" in refused(lambda: effects(cells[cells.obs.perturbation != CONTROL]))
+    one = np.r_[np.flatnonzero(cells.obs.perturbation == CONTROL), np.flatnonzero(cells.obs.perturbation != CONTROL)[:1]]
+    assert np.isnan(effects(cells[one]).layers["sem"]).all() and (effects(cells).layers["sem"] > 0).any()
+
+
+def test_whole_numbers_by_column_and_variable_genes():
+    raw = screen(5); csc = raw.copy(); csc.X = sparse.csc_matrix(csc.X.astype(int))
+    assert (prepare(csc).X != prepare(raw).X).nnz == 0 and prepare(csc).X.format == "csr"
+    measured = {p for n in set(raw.obs.perturbation) for p in parts(n)} & set(raw.var_names)
+    hvg = prepare(raw, n_genes=1, select="hvg")
+    assert measured <= set(hvg.var_names) and list(hvg.var_names) == [g for g in raw.var_names if g in set(hvg.var_names)]
+
+
 def test_a_file_gives_the_same_cells(tmp_path):
     cells = prepare(screen(1, lines=2))
     cells.write_h5ad(tmp_path / "cells.h5ad")
