@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 from scipy import sparse
 
 from biojepa.cells import CONTROL, KEYS, BadCells, check, conditions, dense, effects, gene_hash, join_parts, parts, prepare
+from biojepa.simulator import simulate
 from biojepa.sets import SetSampler, visit
 from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
 
@@ -369,3 +370,27 @@ def test_sets_match(raw, m, step, seed):
 def test_training_draws_nothing_held_out():
     cells = prepare(screen(3, singles=8, pairs=6)); s = split(cells, seed=0)
     assert set(SetSampler(s.cells(cells, "train")).groups.perturbation) == set(s.train)
+
+
+def test_a_library_smaller_than_its_genes_is_refused_for_counts_only():
+    cells = simulate(n_genes=30, n_perturbations=6, cells_per_perturbation=6, n_controls=12, seed=0)
+    summed = np.asarray(cells.X.sum(1)).ravel()
+    cells.obs["library"] = summed
+    assert np.allclose(prepare(cells, n_genes=30, total="library").obs.log_total, np.log1p(summed), rtol=1e-5)
+    cells.obs.loc["cell3", "library"] = summed[3] - 1
+    with pytest.raises(BadCells, match="cell3"): prepare(cells, n_genes=30, total="library")
+    cells.obs["library"] = 0.5 * summed
+    logged = cells.copy(); logged.X = cells.X.copy(); logged.X.data = np.log1p(logged.X.data).astype(np.float32)
+    assert prepare(logged, n_genes=30, kind="log1p", total="library").n_obs == cells.n_obs       # logged values do not add up to a library
+
+
+@pytest.mark.parametrize("kind", ["unseen_gene", "simulation", "unseen_pair", "unseen_context"])
+def test_validation_can_be_left_out_and_shares_are_shares(kind):
+    cells = prepare(simulate(n_genes=60, n_perturbations=24, n_doubles=16, cells_per_perturbation=2, cell_types=3, seed=0), n_genes=60)
+    more = dict(context="LINE1") if kind == "unseen_context" else {}
+    bare = split(cells, kind, seed=0, val=0, **more)
+    assert bare.val == () and not bare.val_contexts and bare.train and bare.test
+    full = split(cells, kind, seed=0, **more)
+    assert full.val or full.val_contexts
+    for wrong in (dict(val=1.5), dict(val=-0.1), dict(test=0), dict(test=1)):
+        with pytest.raises(ValueError, match="not a share"): split(cells, kind, seed=0, **more, **wrong)
