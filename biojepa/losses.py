@@ -6,10 +6,10 @@
 __all__ = ['l1_latent', 'gaussian_nll', 'vicreg', 'vicreg_flat', 'effective_rank', 'effect_loss', 'energy_distance',
            'inverse_dynamics']
 
-# %% ../nbs/33_losses.ipynb #c002
+# %% ../nbs/33_losses.ipynb #c003
 import math
 
-# %% ../nbs/33_losses.ipynb #c003
+# %% ../nbs/33_losses.ipynb #c004
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,7 +75,7 @@ def effect_loss(delta_hat: Tensor,  # predicted effects [B, G], log1p units
     left = (weight * (delta_hat - delta).square()).sum()
     return left / (weight * (delta - centre).square()).sum().clamp(min=1e-8)
 
-# %% ../nbs/33_losses.ipynb #c053
+# %% ../nbs/33_losses.ipynb #c054
 def energy_distance(x: Tensor,  # a set of cells [..., M, d]
                     y: Tensor   # another set [..., N, d]
                    ) -> Tensor: # [...]
@@ -83,13 +83,14 @@ def energy_distance(x: Tensor,  # a set of cells [..., M, d]
     d = lambda a, b: torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist').mean((-1, -2))
     return 2 * d(x, y) - d(x, x) - d(y, y)
 
-# %% ../nbs/33_losses.ipynb #c064
+# %% ../nbs/33_losses.ipynb #c066
 def inverse_dynamics(change: Tensor,            # embedding of what happened between two states [B, D]
                      action: Tensor,            # embedding of the action that was taken [B, D]
                      group: Tensor,             # which action it was, long [B]
                      temperature: float = 0.1   # of the softmax over cosines
                     ) -> Tensor:                # scalar, in nats; log B where nothing is recovered
-    "Recover the action from the two states: minus log of the share that a change gives to its own action (InfoNCE, van den Oord et al. 2018)."
+    """Recover the action from the two states: minus log of the share that a change gives to its own action
+    (InfoNCE, van den Oord et al. 2018)."""
     score = F.normalize(change, dim=-1) @ F.normalize(action, dim=-1).T / temperature   # [B, B]
     own = group[:, None] == group
     return (score.logsumexp(-1) - score.masked_fill(~own, -torch.inf).logsumexp(-1)).mean()
