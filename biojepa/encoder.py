@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EncoderV03', 'value_features', 'GeneTokens', 'Encoder']
 
-# %% ../nbs/31_encoder.ipynb #c002
+# %% ../nbs/31_encoder.ipynb #c003
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/31_encoder.ipynb #c003
+# %% ../nbs/31_encoder.ipynb #c004
 from .attention import Block
 
 # %% ../nbs/31_encoder.ipynb #c011
@@ -57,8 +57,8 @@ class GeneTokens(nn.Module):
         self.value = nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, width))
         self.turn, self.total = nn.Linear(width, width, bias=False), nn.Linear(1, width)
         nn.init.normal_(self.identity.weight, std=.5); nn.init.orthogonal_(self.turn.weight)
-        for name, start in dict(mean=torch.zeros(n_genes), sd=torch.ones(n_genes), typical_total=torch.tensor(8.)).items():
-            self.register_buffer(name, start)
+        start = dict(mean=torch.zeros(n_genes), sd=torch.ones(n_genes), typical_total=torch.tensor(8.))
+        for name, value in start.items(): self.register_buffer(name, value)
 
     def forward(self,
                 x: Tensor,                      # log1p expression [B, G]
