@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['random_mask', 'Teacher', 'momentum_schedule']
 
-# %% ../nbs/32_teacher.ipynb #c002
+# %% ../nbs/32_teacher.ipynb #c003
 import math
 from copy import deepcopy
 
-# %% ../nbs/32_teacher.ipynb #c003
+# %% ../nbs/32_teacher.ipynb #c004
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ def random_mask(batch: int,                               # B
                ) -> tuple[Tensor, Tensor]:                # indices, ascending: visible [B, G - Km], masked [B, Km]
     "Hide a random share of genes, the same number in each cell. Raises ValueError when none is hidden or none is left."
     n = round(fraction * n_genes)
-    if not 0 < n < n_genes: raise ValueError(f'fraction {fraction} of {n_genes} genes hides {n}: hide at least one and leave at least one')
+    if not 0 < n < n_genes:
+        raise ValueError(f'fraction {fraction} of {n_genes} genes hides {n}: hide at least one and leave at least one')
     order = torch.rand(batch, n_genes, generator=generator).argsort(1)
     return order[:, n:].sort(1).values, order[:, :n].sort(1).values
 
-# %% ../nbs/32_teacher.ipynb #c024
+# %% ../nbs/32_teacher.ipynb #c025
 class Teacher(nn.Module):
     "A slow copy of an encoder: no gradient reaches it, and it answers with layer-normalised tokens."
     def __init__(self,
@@ -56,7 +57,7 @@ class Teacher(nn.Module):
         for t, s in zip(self.encoder.parameters(), student.parameters(), strict=True): t.lerp_(s.detach(), 1 - m)
         for t, s in zip(self.encoder.buffers(), student.buffers(), strict=True): t.copy_(s)
 
-# %% ../nbs/32_teacher.ipynb #c035
+# %% ../nbs/32_teacher.ipynb #c036
 def momentum_schedule(step: int,            # from 0
                       total: int,           # steps in all
                       start: float = 0.996, # momentum at step 0
