@@ -21,7 +21,7 @@ from torch import Tensor
 from .cells import MODES, parts
 from .perturbations import Action
 
-# %% ../nbs/21_featurizers.ipynb #c016
+# %% ../nbs/21_featurizers.ipynb #c017
 class BadFeatures(ValueError): "A feature table that cannot be used; the message names the source, symbol and column."
 
 def whitening(
@@ -52,13 +52,15 @@ def _check_frame(name, frame):
     values = frame.to_numpy('float32', na_value=np.nan)
     if not np.isfinite(values).all():
         i, j = np.argwhere(~np.isfinite(values))[0]
-        raise refuse(f'symbol {index[i]!r}, column {frame.columns[j]!r} is {values[i, j]}; leave out the rows of which nothing is known')
+        raise refuse(f'symbol {index[i]!r}, column {frame.columns[j]!r} is {values[i, j]}; '
+                     'leave out the rows of which nothing is known')
     return pd.DataFrame(values, index=index)
 
 # %% ../nbs/21_featurizers.ipynb #c028
 def _read_npz(path):
     with np.load(path) as z:
-        if not {'symbol', 'emb'} <= set(z.files): raise BadFeatures(f'{path.name}: needs arrays `symbol` and `emb`, has {sorted(z.files)}')
+        if not {'symbol', 'emb'} <= set(z.files):
+            raise BadFeatures(f'{path.name}: needs arrays `symbol` and `emb`, has {sorted(z.files)}')
         return pd.DataFrame(z['emb'].astype('float32'), index=z['symbol'].astype(str))
 
 READERS = {'.npz': _read_npz, '.parquet': pd.read_parquet, '.csv': pd.read_csv}
@@ -100,7 +102,7 @@ class FeatureTable:
         fitted = 'not fitted' if self.fitted_on is None else f'fitted on {len(self.fitted_on)} targets'
         return f'FeatureTable({", ".join(f"{k}: {len(v)} x {v.shape[1]}" for k, v in self.sources.items())}; {fitted})'
 
-# %% ../nbs/21_featurizers.ipynb #c035
+# %% ../nbs/21_featurizers.ipynb #c036
 def as_table(
         features   # None, a FeatureTable, a DataFrame, a dict of them, a path, or a list of paths
     ):             # FeatureTable, or None
@@ -109,14 +111,15 @@ def as_table(
     if isinstance(features, pd.DataFrame): return FeatureTable.from_frame(features)
     return FeatureTable(features) if isinstance(features, dict) else FeatureTable.read(features)
 
-# %% ../nbs/21_featurizers.ipynb #c038
+# %% ../nbs/21_featurizers.ipynb #c039
 def _transform(self,
                targets    # names of n targets
               ) -> tuple: # x float32 [n, F], the sources side by side; present bool [n, S]
     "The features of targets. Where a source knows nothing: zeros, and `present` is False."
     rows = [source.index.get_indexer(list(targets)) for source in self.sources.values()]
     present = np.stack(rows, 1) >= 0
-    x = [np.where(known[:, None], source.to_numpy()[r], 0) for r, known, source in zip(rows, present.T, self.sources.values())]
+    triples = zip(rows, present.T, self.sources.values())
+    x = [np.where(known[:, None], source.to_numpy()[r], 0) for r, known, source in triples]
     return np.concatenate(x, 1).astype('float32'), present
 
 def _missing(self, targets):
@@ -125,7 +128,7 @@ def _missing(self, targets):
 
 FeatureTable.transform, FeatureTable.missing = _transform, _missing
 
-# %% ../nbs/21_featurizers.ipynb #c043
+# %% ../nbs/21_featurizers.ipynb #c044
 def _targets(names): return sorted({t for n in names for t in parts(n)})
 
 def _fit(self,
@@ -139,11 +142,13 @@ def _fit(self,
     new.sources, new.maps, new.fitted_on = {}, {}, tuple(targets)
     for name, frame in self.sources.items():
         x = frame.loc[frame.index.intersection(targets).sort_values()].to_numpy('float64')
-        if len(x) < 3: warnings.warn(f'source {name!r} knows {len(x)} of {len(targets)} training targets: left out', MissingFeatures, stacklevel=2); continue
+        if len(x) < 3:
+            warnings.warn(f'source {name!r} knows {len(x)} of {len(targets)} training targets: left out', MissingFeatures, stacklevel=2)
+            continue
         new.maps[name] = whitening(x, n_components, shrink)
         new.sources[name] = new._white(name, frame)
-    if not new.sources: raise BadFeatures(f'no source knows three of the training targets ({", ".join(targets[:3])}, ...): do the symbols match?')
-    return new
+    if new.sources: return new
+    raise BadFeatures(f'no source knows three of the training targets ({", ".join(targets[:3])}, ...): do the symbols match?')
 
 def _white(self, name, frame):
     centre, rotate = self.maps[name]
@@ -151,7 +156,7 @@ def _white(self, name, frame):
 
 FeatureTable.fit, FeatureTable._white = _fit, _white
 
-# %% ../nbs/21_featurizers.ipynb #c054
+# %% ../nbs/21_featurizers.ipynb #c055
 def _extend(self,
             features):   # features of new targets, in any form that `as_table` takes; same sources, same columns
     "A new table that knows more targets; nothing is fitted again."
@@ -159,7 +164,8 @@ def _extend(self,
     new, more = copy(self), as_table(features)
     new.sources = dict(self.sources)
     for name, frame in more.sources.items():
-        if name not in self.maps: raise BadFeatures(f'source {name!r} is not in the fitted table, which has {list(self.maps)}')
+        if name not in self.maps:
+            raise BadFeatures(f'source {name!r} is not in the fitted table, which has {list(self.maps)}')
         width, known = len(self.maps[name][0]), frame.index.intersection(self.sources[name].index)
         if frame.shape[1] != width: raise BadFeatures(f'source {name!r}: {frame.shape[1]} columns, {width} when it was fitted')
         if len(known): raise BadFeatures(f'source {name!r}: symbol {known[0]!r} is known already')
@@ -168,7 +174,7 @@ def _extend(self,
 
 FeatureTable.extend = _extend
 
-# %% ../nbs/21_featurizers.ipynb #c058
+# %% ../nbs/21_featurizers.ipynb #c059
 def _support(self,
              train_targets,   # names of the training perturbations
              targets          # names of n targets
@@ -181,15 +187,17 @@ def _support(self,
 
 FeatureTable.support = _support
 
-# %% ../nbs/21_featurizers.ipynb #c064
+# %% ../nbs/21_featurizers.ipynb #c066
 def _state(self) -> dict:
     "The table as plain arrays, for `numpy.savez`."
-    out = {'names': np.array(list(self.sources)), 'fitted': np.array(self.fitted_on is not None), 'fitted_on': np.array(self.fitted_on or (), dtype=str)}
+    out = {'names': np.array(list(self.sources)), 'fitted': np.array(self.fitted_on is not None),
+           'fitted_on': np.array(self.fitted_on or (), dtype=str)}
     for i, (name, frame) in enumerate(self.sources.items()):
         out |= {f'{i}.symbol': frame.index.to_numpy(dtype=str), f'{i}.values': frame.to_numpy()}
         if name in self.maps: out |= dict(zip((f'{i}.centre', f'{i}.map'), self.maps[name]))
     return out
 
+# %% ../nbs/21_featurizers.ipynb #c067
 def _from_state(cls, state):
     "The table that `state` describes."
     names = [str(n) for n in state['names']]
@@ -200,7 +208,7 @@ def _from_state(cls, state):
 
 FeatureTable.state, FeatureTable.from_state = _state, classmethod(_from_state)
 
-# %% ../nbs/21_featurizers.ipynb #c067
+# %% ../nbs/21_featurizers.ipynb #c070
 @dataclass
 class ActionBatch:
     "P actions of at most A parts, as tensors. Index it like a tensor; it stays a batch."
@@ -217,7 +225,7 @@ class ActionBatch:
     def __getitem__(self, i): return self._each(lambda x: x[[i] if isinstance(i, (int, np.integer)) else i])
     def to(self, device): return self._each(lambda x: x.to(device))
 
-# %% ../nbs/21_featurizers.ipynb #c068
+# %% ../nbs/21_featurizers.ipynb #c071
 def encode_actions(
         actions: list,                      # P of Action
         genes,                              # names of the G measured genes, in order
