@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PARTS', 'RULES', 'Leak', 'Split', 'check_split', 'split', 'folds']
 
-# %% ../nbs/12_splits.ipynb #c002
+# %% ../nbs/12_splits.ipynb #c003
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from anndata import AnnData
 
-# %% ../nbs/12_splits.ipynb #c003
+# %% ../nbs/12_splits.ipynb #c004
 from .cells import CONTROL, parts
 
-# %% ../nbs/12_splits.ipynb #c009
+# %% ../nbs/12_splits.ipynb #c010
 class Leak(AssertionError): "Something of a held-out perturbation can reach training; the message names it."
 
 PARTS = ("train", "val", "test")
@@ -27,7 +27,7 @@ class Split:
     train: tuple                # perturbation names
     val: tuple
     test: tuple
-    groups: dict = field(default_factory=dict, hash=False)  # held-out name -> 'unseen_gene', 'pair_seen0', 'pair_seen1', 'pair_seen2', 'unseen_context'
+    groups: dict = field(default_factory=dict, hash=False)  # held-out name -> 'unseen_gene', 'pair_seen0' to 2, 'unseen_context'
     test_contexts: tuple = ()   # cell types whose treated cells only judge
     val_contexts: tuple = ()    # cell types whose treated cells only choose
 
@@ -40,7 +40,7 @@ class Split:
         where = f", tested in {', '.join(self.test_contexts)}" if self.test_contexts else ""
         return f"Split({self.kind}, seed {self.seed}: {len(self.train)} train, {len(self.val)} val, {len(self.test)} test{where})"
 
-# %% ../nbs/12_splits.ipynb #c012
+# %% ../nbs/12_splits.ipynb #c013
 def _mask(self: Split,
     cells: AnnData, # prepared cells or effects, N rows
     part: str, # 'train', 'val' or 'test'
@@ -62,7 +62,7 @@ def _cells(self: Split, cells: AnnData, part: str) -> AnnData:
 
 Split.mask, Split.cells = _mask, _cells
 
-# %% ../nbs/12_splits.ipynb #c016
+# %% ../nbs/12_splits.ipynb #c017
 def _genes(names): return {g for n in names for g in parts(n)}
 
 def _group(name, seen):
@@ -71,48 +71,58 @@ def _group(name, seen):
     if len(known) == 1 and not known[0]: return "unseen_gene"
     return f"pair_seen{2 if all(known) else int(any(known))}"
 
-# %% ../nbs/12_splits.ipynb #c018
+# %% ../nbs/12_splits.ipynb #c019
 def _check_names(split):
     "Raise Leak when a name is in two parts, or when training has seen more of a held-out name than its group says."
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted(set(getattr(split, a)) & set(getattr(split, b)))
-        if both and not (split.test_contexts if b == "test" else split.val_contexts): raise Leak(f"{both[0]!r} is in {a} and in {b}")
+        if both and not (split.test_contexts if b == "test" else split.val_contexts):
+            raise Leak(f"{both[0]!r} is in {a} and in {b}")
     taught = {g: n for n in split.train for g in parts(n)}
     for name, group in split.groups.items():
         if group == "unseen_context": continue
         hidden = {g: taught[g] for g in parts(name) if g in taught}
-        if len(parts(name)) == 1 and hidden: raise Leak(f"{name!r} is held out as {group}, but training holds {hidden[name]!r}")
-        if _group(name, taught) != group: raise Leak(f"{name!r} is held out as {group}, but of its parts training has seen {hidden or 'none'}")
+        if len(parts(name)) == 1 and hidden:
+            raise Leak(f"{name!r} is held out as {group}, but training holds {hidden[name]!r}")
+        if _group(name, taught) != group:
+            raise Leak(f"{name!r} is held out as {group}, but of its parts training has seen {hidden or 'none'}")
 
+# %% ../nbs/12_splits.ipynb #c020
 def check_split(
     split: Split, # to be checked
     cells: AnnData | None = None, # also check these cells, one by one
 ) -> None:
     "Raise Leak, naming the perturbation, when anything held out can reach training."
     _check_names(split)
-    if cells is None: return
+    if cells is not None: _check_cells(split, cells)
+
+def _check_cells(split, cells):
+    "Raise Leak when a cell, by its number or by its name, is in more than one part."
     masks = np.stack([split.mask(cells, p) for p in PARTS])
     twice, control = masks.sum(0) > 1, (cells.obs.perturbation == CONTROL).to_numpy()
     twice |= control & masks[1:].any(0)
-    if twice.any(): raise Leak(f"cell {cells.obs_names[twice.argmax()]!r} ({cells.obs.perturbation.iloc[twice.argmax()]}) is in more than one part")
+    if twice.any():
+        i = twice.argmax()
+        raise Leak(f"cell {cells.obs_names[i]!r} ({cells.obs.perturbation.iloc[i]}) is in more than one part")
     where = {c: PARTS[i] for i, m in enumerate(masks) for c in cells.obs_names[m]}
     for part, m in zip(PARTS, masks):
         for c, n in zip(cells.obs_names[m], cells.obs.perturbation[m]):
             if where[c] != part: raise Leak(f"cell {c!r} ({n}) is in {part} and, under the same name, in {where[c]}")
 
-# %% ../nbs/12_splits.ipynb #c020
+# %% ../nbs/12_splits.ipynb #c022
 def _check_features(self: Split,
     fitted_on, # a FeatureTable, or the names of the perturbations or targets that something was fitted on
 ) -> None:
     "Raise Leak when features were fitted on a held-out perturbation, or on a target that training does not have."
     names = getattr(fitted_on, "fitted_on", fitted_on)
-    names = set() if names is None else set(names)
-    bad = sorted(names & (set(self.val + self.test) - set(self.train))) or sorted(_genes(names) & (_genes(self.val + self.test) - _genes(self.train)))
+    names, held = set() if names is None else set(names), self.val + self.test
+    bad = sorted(names & (set(held) - set(self.train)))
+    bad = bad or sorted(_genes(names) & (_genes(held) - _genes(self.train)))
     if bad: raise Leak(f"features were fitted on {bad[0]!r}, which is held out; fit them on split.train")
 
 Split.check_features = _check_features
 
-# %% ../nbs/12_splits.ipynb #c027
+# %% ../nbs/12_splits.ipynb #c030
 def _perturbations(cells): return sorted(set(cells.obs.perturbation.astype(str)) - {CONTROL})
 
 def _hold_out(names, hidden):
@@ -129,7 +139,7 @@ def _finish(kind, seed, train, val, test):
     check_split(out)
     return out
 
-# %% ../nbs/12_splits.ipynb #c030
+# %% ../nbs/12_splits.ipynb #c033
 def _count(share, n): return min(max(1, round(share * n)), max(1, n - 2)) if share else 0
 
 def _singles(names): return [n for n in names if len(parts(n)) == 1] or sorted(_genes(names))
@@ -144,7 +154,7 @@ def _unseen_gene(names, seed, test, val, hidden=None):
     train, chosen = _hold_out(rest, set(left[:_count(0.1 if val is None else val, len(left))]))
     return _finish("unseen_gene", seed, train, chosen, tested)
 
-# %% ../nbs/12_splits.ipynb #c034
+# %% ../nbs/12_splits.ipynb #c038
 def _gears_step(names, share, seed):
     "Names that stay and names that go, by steps 1 and 2."
     draw = lambda items: set(np.random.RandomState(seed).choice(items, int(len(items) * share), replace=False)) if len(items) else set()
@@ -154,7 +164,9 @@ def _gears_step(names, share, seed):
     late = set(pairs) - draw(pairs)
     return [n for n in kept if n not in late], gone + sorted(late)
 
+# %% ../nbs/12_splits.ipynb #c039
 def _simulation(names, seed, test, val):
+    "The split of GEARS; validation is drawn again while it has no single and could have one."
     rest, tested = _gears_step(names, 0.75 if test is None else 1 - test, seed)
     enough = sum(len(parts(n)) == 1 for n in rest) >= 5
     for again in range(50):
@@ -162,23 +174,25 @@ def _simulation(names, seed, test, val):
         if val == 0 or not enough or any(len(parts(n)) == 1 for n in chosen): break
     return _finish("simulation", seed, train, chosen, tested)
 
-# %% ../nbs/12_splits.ipynb #c042
+# %% ../nbs/12_splits.ipynb #c047
 def _unseen_pair(names, seed, test, val):
     "Hold out the pairs whose singles are both there; shares, when given, are of these."
     singles = {n for n in names if len(parts(n)) == 1}
-    pairs = list(np.random.default_rng(seed).permutation([n for n in names if len(parts(n)) > 1 and singles >= set(parts(n))]))
+    pairs = [n for n in names if len(parts(n)) > 1 and singles >= set(parts(n))]
+    pairs = list(np.random.default_rng(seed).permutation(pairs))
     if not pairs: raise ValueError("unseen_pair: no combination here has all its singles")
     k = len(pairs) if test is None and len(pairs) < 8 else _count(0.75 if test is None else test, len(pairs))
     j = len(pairs) if val is None else k + _count(val, len(pairs) - k) if k < len(pairs) else k
     held = set(pairs[:j])
     return _finish("unseen_pair", seed, [n for n in names if n not in held], pairs[k:j], pairs[:k])
 
-# %% ../nbs/12_splits.ipynb #c045
+# %% ../nbs/12_splits.ipynb #c050
 def _unseen_context(cells, seed, context, val):
     "Hold out the treated cells of one or more cell types."
     obs, rng = cells.obs, np.random.default_rng(seed)
     lines, held = sorted(set(obs.cell_type.astype(str))), (context,) if isinstance(context, str) else tuple(context or ())
-    if not held or not set(held) <= set(lines): raise ValueError(f"unseen_context needs context=, one or more of {lines}; got {context!r}")
+    if not held or not set(held) <= set(lines):
+        raise ValueError(f"unseen_context needs context=, one or more of {lines}; got {context!r}")
     others = [l for l in lines if l not in held]
     if not others: raise ValueError(f"unseen_context: no cell type but {', '.join(held)} is left to train on")
     inside = lambda which: _perturbations(cells[obs.cell_type.isin(which).to_numpy()])
@@ -193,7 +207,7 @@ def _unseen_context(cells, seed, context, val):
     if not test: raise ValueError(f"unseen_context: no perturbation of {', '.join(held)} was also made in another cell type")
     return Split("unseen_context", seed, tuple(train), tuple(chosen), tuple(test), groups, held, chosen_lines)
 
-# %% ../nbs/12_splits.ipynb #c047
+# %% ../nbs/12_splits.ipynb #c052
 RULES = {"unseen_gene": _unseen_gene, "simulation": _simulation, "unseen_pair": _unseen_pair}
 
 def split(
@@ -207,14 +221,15 @@ def split(
 ) -> Split:
     "Split perturbations, never cells. Raises ValueError when too few are left, and Leak if anything could leak."
     for name, share in (("test", test), ("val", val)):
-        if share is not None and not (0 < share < 1 or (name == "val" and share == 0)): raise ValueError(f"{name}={share} is not a share between 0 and 1")
+        if share is not None and not (0 < share < 1 or (name == "val" and share == 0)):
+            raise ValueError(f"{name}={share} is not a share between 0 and 1")
     if kind == "unseen_context": out = _unseen_context(cells, seed, context, val)
     elif kind in RULES: out = RULES[kind](_perturbations(cells), seed, test, val)
     else: raise ValueError(f"unknown kind {kind!r}; choose from {[*RULES, 'unseen_context']}")
     check_split(out, cells)
     return out
 
-# %% ../nbs/12_splits.ipynb #c055
+# %% ../nbs/12_splits.ipynb #c060
 def folds(
     cells: AnnData, # prepared cells
     k: int = 5, # number of folds
