@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SetBatch', 'visit', 'SetSampler']
 
-# %% ../nbs/13_sets.ipynb #c002
+# %% ../nbs/13_sets.ipynb #c003
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from anndata import AnnData
 
-# %% ../nbs/13_sets.ipynb #c003
+# %% ../nbs/13_sets.ipynb #c004
 from .cells import CONTROL, BadCells, conditions, dense
 
-# %% ../nbs/13_sets.ipynb #c010
+# %% ../nbs/13_sets.ipynb #c011
 @dataclass
 class SetBatch:
     "B sets of M treated cells and M controls, of the same condition and batches."
@@ -29,7 +29,7 @@ class SetBatch:
     def __len__(self): return len(self.group)
     def to(self, device): return SetBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
-# %% ../nbs/13_sets.ipynb #c012
+# %% ../nbs/13_sets.ipynb #c013
 @lru_cache(maxsize=8)
 def _permutation(n, seed, stream, epoch): return np.random.default_rng((seed, stream, epoch)).permutation(n)
 
@@ -42,15 +42,16 @@ def visit(
 ) -> np.ndarray: # [size] numbers below n
     "A slice of an endless sequence in which every thing comes once per n."
     place = np.arange(step * size, (step + 1) * size)
-    return np.concatenate([_permutation(n, seed, stream, e)[place[place // n == e] % n] for e in np.unique(place // n)])
+    epochs = np.unique(place // n)
+    return np.concatenate([_permutation(n, seed, stream, e)[place[place // n == e] % n] for e in epochs])
 
-# %% ../nbs/13_sets.ipynb #c015
+# %% ../nbs/13_sets.ipynb #c016
 def _draw(rng, pool, m):
     "m members of a pool, each floor(m / n) or one more times."
     n = len(pool)
     return pool[np.concatenate([np.tile(np.arange(n), m // n), rng.choice(n, m % n, replace=False)])]
 
-# %% ../nbs/13_sets.ipynb #c018
+# %% ../nbs/13_sets.ipynb #c019
 class SetSampler:
     "Sets of m treated cells with m controls of the same cell type and batches; a pure function of (seed, step)."
     def __init__(self,
@@ -62,19 +63,22 @@ class SetSampler:
         self.m, self.seed, self.X = m, seed, cells.X
         self.total = cells.obs.log_total.to_numpy(np.float32)
         self.groups, code = conditions(cells)  # DataFrame: perturbation, cell_type, mode, dose, time, n_cells
-        self.cells_of = np.split(np.argsort(code, kind="stable"), np.searchsorted(np.sort(code), np.arange(len(self.groups))))[1:]
+        first = np.searchsorted(np.sort(code), np.arange(len(self.groups)))  # where each condition begins; controls, -1, come before
+        self.cells_of = np.split(np.argsort(code, kind="stable"), first)[1:]
         self.batch_of = cells.obs.batch.to_numpy(str)
         own = (cells.obs.perturbation == CONTROL).to_numpy()
         line = np.where(own, cells.obs.cell_type.to_numpy(str), "")
         self.controls = {(l, None): np.flatnonzero(own & (line == l)) for l in np.unique(line[own])}
-        self.controls |= {(l, b): rows[self.batch_of[rows] == b] for (l, _), rows in list(self.controls.items()) for b in np.unique(self.batch_of[rows])}
+        for (l, _), rows in list(self.controls.items()):
+            self.controls |= {(l, b): rows[self.batch_of[rows] == b] for b in np.unique(self.batch_of[rows])}
 
     def _pool(self, line, batch):
         "Rows of the controls of a batch, or of the whole cell type."
-        if (line, None) not in self.controls: raise BadCells(f"cell type {line!r} has no control cells here, so its sets have nothing to start from")
+        if (line, None) not in self.controls:
+            raise BadCells(f"cell type {line!r} has no control cells here, so its sets have nothing to start from")
         return self.controls.get((line, batch), self.controls[line, None])
 
-# %% ../nbs/13_sets.ipynb #c020
+# %% ../nbs/13_sets.ipynb #c021
 def _rows(self: SetSampler,
     step: int, # which step of training
     size: int, # B, sets in it
@@ -91,7 +95,7 @@ def _rows(self: SetSampler,
 
 SetSampler.rows = _rows
 
-# %% ../nbs/13_sets.ipynb #c022
+# %% ../nbs/13_sets.ipynb #c023
 def _gather(self: SetSampler, rows):
     "Expression and log totals of the cells of an array of row numbers."
     x = dense(self.X[rows.ravel()]).reshape(*rows.shape, -1)  # [B * M, G] -> [B, M, G]
@@ -108,7 +112,7 @@ def _batch(self: SetSampler,
 
 SetSampler._gather, SetSampler.batch = _gather, _batch
 
-# %% ../nbs/13_sets.ipynb #c034
+# %% ../nbs/13_sets.ipynb #c035
 def _cell_batch(self: SetSampler,
     step: int, # which step of pretraining
     size: int, # B, cells in it
