@@ -47,16 +47,17 @@ class Part:
     def __hash__(self): return hash(self._key())
 
     def __str__(self):
-        return f'{self.target} ({self.mode}' + f', dose {self.dose:g}' * (self.dose != 1) + f', {self.time:g} h' * (not math.isnan(self.time)) + ')'
+        dose, time = f', dose {self.dose:g}' * (self.dose != 1), f', {self.time:g} h' * (not math.isnan(self.time))
+        return f'{self.target} ({self.mode}{dose}{time})'
 
-# %% ../nbs/20_perturbations.ipynb #c024
+# %% ../nbs/20_perturbations.ipynb #c025
 def _each(value, n):
     "One value for each of n parts: a single one is repeated, a list must have n entries."
     values = list(value) if isinstance(value, (list, tuple)) else [value] * n
     if len(values) != n: raise BadAction(f'{len(values)} values {values} for {n} parts')
     return values
 
-# %% ../nbs/20_perturbations.ipynb #c026
+# %% ../nbs/20_perturbations.ipynb #c027
 @dataclass(frozen=True)
 class Action:
     "What is done to a cell at once: a set of parts. Without parts it is control."
@@ -68,7 +69,8 @@ class Action:
         ordered = tuple(sorted(self.parts))
         what = [(p.target, p.mode, p._key()[-1]) for p in ordered]
         twice = [w for i, w in enumerate(what) if w in what[:i]]
-        if twice: raise BadAction(f'{twice[0][0]!r} ({twice[0][1]}) stands twice in one action; say it once, with the dose that is meant')
+        if twice:
+            raise BadAction(f'{twice[0][0]!r} ({twice[0][1]}) stands twice in one action; say it once, with the dose that is meant')
         object.__setattr__(self, 'parts', ordered)
 
     @classmethod
@@ -95,7 +97,7 @@ class Action:
     def __len__(self): return len(self.parts)
     def __str__(self): return ' + '.join(map(str, self.parts)) or CONTROL
 
-# %% ../nbs/20_perturbations.ipynb #c044
+# %% ../nbs/20_perturbations.ipynb #c045
 def actions_of(
         groups: pd.DataFrame,   # column perturbation; optional mode, dose, time, as in obs of prepared cells
         mode: str = 'CRISPRi'   # used where there is no column mode
