@@ -19,6 +19,7 @@ class Leak(AssertionError): "Something of a held-out perturbation can reach trai
 
 PARTS = ("train", "val", "test")
 
+# %% ../nbs/12_splits.ipynb #c011
 @dataclass(frozen=True, repr=False)
 class Split:
     "Names that teach (train), names that choose (val), names that judge (test)."
@@ -40,7 +41,7 @@ class Split:
         where = f", tested in {', '.join(self.test_contexts)}" if self.test_contexts else ""
         return f"Split({self.kind}, seed {self.seed}: {len(self.train)} train, {len(self.val)} val, {len(self.test)} test{where})"
 
-# %% ../nbs/12_splits.ipynb #c013
+# %% ../nbs/12_splits.ipynb #c014
 def _mask(self: Split,
     cells: AnnData, # prepared cells or effects, N rows
     part: str, # 'train', 'val' or 'test'
@@ -54,6 +55,7 @@ def _mask(self: Split,
     else: own &= ~line.isin(self.val_contexts + self.test_contexts).to_numpy()
     return own | (name == CONTROL).to_numpy() if part == "train" else own
 
+# %% ../nbs/12_splits.ipynb #c015
 def _cells(self: Split, cells: AnnData, part: str) -> AnnData:
     "A copy of the cells of a part; training cells carry no simulated truth."
     out = cells[self.mask(cells, part)].copy()
@@ -62,7 +64,7 @@ def _cells(self: Split, cells: AnnData, part: str) -> AnnData:
 
 Split.mask, Split.cells = _mask, _cells
 
-# %% ../nbs/12_splits.ipynb #c017
+# %% ../nbs/12_splits.ipynb #c019
 def _genes(names): return {g for n in names for g in parts(n)}
 
 def _group(name, seen):
@@ -71,7 +73,7 @@ def _group(name, seen):
     if len(known) == 1 and not known[0]: return "unseen_gene"
     return f"pair_seen{2 if all(known) else int(any(known))}"
 
-# %% ../nbs/12_splits.ipynb #c019
+# %% ../nbs/12_splits.ipynb #c021
 def _check_names(split):
     "Raise Leak when a name is in two parts, or when training has seen more of a held-out name than its group says."
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -87,7 +89,7 @@ def _check_names(split):
         if _group(name, taught) != group:
             raise Leak(f"{name!r} is held out as {group}, but of its parts training has seen {hidden or 'none'}")
 
-# %% ../nbs/12_splits.ipynb #c020
+# %% ../nbs/12_splits.ipynb #c022
 def check_split(
     split: Split, # to be checked
     cells: AnnData | None = None, # also check these cells, one by one
@@ -96,6 +98,7 @@ def check_split(
     _check_names(split)
     if cells is not None: _check_cells(split, cells)
 
+# %% ../nbs/12_splits.ipynb #c023
 def _check_cells(split, cells):
     "Raise Leak when a cell, by its number or by its name, is in more than one part."
     masks = np.stack([split.mask(cells, p) for p in PARTS])
@@ -109,7 +112,7 @@ def _check_cells(split, cells):
         for c, n in zip(cells.obs_names[m], cells.obs.perturbation[m]):
             if where[c] != part: raise Leak(f"cell {c!r} ({n}) is in {part} and, under the same name, in {where[c]}")
 
-# %% ../nbs/12_splits.ipynb #c022
+# %% ../nbs/12_splits.ipynb #c025
 def _check_features(self: Split,
     fitted_on, # a FeatureTable, or the names of the perturbations or targets that something was fitted on
 ) -> None:
@@ -122,13 +125,15 @@ def _check_features(self: Split,
 
 Split.check_features = _check_features
 
-# %% ../nbs/12_splits.ipynb #c030
+# %% ../nbs/12_splits.ipynb #c033
 def _perturbations(cells): return sorted(set(cells.obs.perturbation.astype(str)) - {CONTROL})
 
+# %% ../nbs/12_splits.ipynb #c034
 def _hold_out(names, hidden):
     "Names without and with a hidden gene."
     return [n for n in names if not hidden & set(parts(n))], [n for n in names if hidden & set(parts(n))]
 
+# %% ../nbs/12_splits.ipynb #c035
 def _finish(kind, seed, train, val, test):
     "Count the groups from what training holds, check, freeze."
     train, val, test = (tuple(sorted(map(str, names))) for names in (train, val, test))
@@ -139,11 +144,13 @@ def _finish(kind, seed, train, val, test):
     check_split(out)
     return out
 
-# %% ../nbs/12_splits.ipynb #c033
+# %% ../nbs/12_splits.ipynb #c038
 def _count(share, n): return min(max(1, round(share * n)), max(1, n - 2)) if share else 0
 
+# %% ../nbs/12_splits.ipynb #c039
 def _singles(names): return [n for n in names if len(parts(n)) == 1] or sorted(_genes(names))
 
+# %% ../nbs/12_splits.ipynb #c040
 def _unseen_gene(names, seed, test, val, hidden=None):
     "Hide a share of the genes, or those given; then a share of the others for validation."
     rng = np.random.default_rng(seed)
@@ -154,7 +161,7 @@ def _unseen_gene(names, seed, test, val, hidden=None):
     train, chosen = _hold_out(rest, set(left[:_count(0.1 if val is None else val, len(left))]))
     return _finish("unseen_gene", seed, train, chosen, tested)
 
-# %% ../nbs/12_splits.ipynb #c038
+# %% ../nbs/12_splits.ipynb #c045
 def _gears_step(names, share, seed):
     "Names that stay and names that go, by steps 1 and 2."
     draw = lambda items: set(np.random.RandomState(seed).choice(items, int(len(items) * share), replace=False)) if len(items) else set()
@@ -164,7 +171,7 @@ def _gears_step(names, share, seed):
     late = set(pairs) - draw(pairs)
     return [n for n in kept if n not in late], gone + sorted(late)
 
-# %% ../nbs/12_splits.ipynb #c039
+# %% ../nbs/12_splits.ipynb #c046
 def _simulation(names, seed, test, val):
     "The split of GEARS; validation is drawn again while it has no single and could have one."
     rest, tested = _gears_step(names, 0.75 if test is None else 1 - test, seed)
@@ -174,7 +181,7 @@ def _simulation(names, seed, test, val):
         if val == 0 or not enough or any(len(parts(n)) == 1 for n in chosen): break
     return _finish("simulation", seed, train, chosen, tested)
 
-# %% ../nbs/12_splits.ipynb #c047
+# %% ../nbs/12_splits.ipynb #c054
 def _unseen_pair(names, seed, test, val):
     "Hold out the pairs whose singles are both there; shares, when given, are of these."
     singles = {n for n in names if len(parts(n)) == 1}
@@ -186,7 +193,7 @@ def _unseen_pair(names, seed, test, val):
     held = set(pairs[:j])
     return _finish("unseen_pair", seed, [n for n in names if n not in held], pairs[k:j], pairs[:k])
 
-# %% ../nbs/12_splits.ipynb #c050
+# %% ../nbs/12_splits.ipynb #c057
 def _unseen_context(cells, seed, context, val):
     "Hold out the treated cells of one or more cell types."
     obs, rng = cells.obs, np.random.default_rng(seed)
@@ -207,9 +214,10 @@ def _unseen_context(cells, seed, context, val):
     if not test: raise ValueError(f"unseen_context: no perturbation of {', '.join(held)} was also made in another cell type")
     return Split("unseen_context", seed, tuple(train), tuple(chosen), tuple(test), groups, held, chosen_lines)
 
-# %% ../nbs/12_splits.ipynb #c052
+# %% ../nbs/12_splits.ipynb #c059
 RULES = {"unseen_gene": _unseen_gene, "simulation": _simulation, "unseen_pair": _unseen_pair}
 
+# %% ../nbs/12_splits.ipynb #c060
 def split(
     cells: AnnData, # prepared cells
     kind: str = "unseen_gene", # 'unseen_gene', 'simulation' (GEARS), 'unseen_pair' or 'unseen_context'
@@ -229,7 +237,7 @@ def split(
     check_split(out, cells)
     return out
 
-# %% ../nbs/12_splits.ipynb #c060
+# %% ../nbs/12_splits.ipynb #c068
 def folds(
     cells: AnnData, # prepared cells
     k: int = 5, # number of folds
