@@ -33,6 +33,7 @@ class SetBatch:
 @lru_cache(maxsize=8)
 def _permutation(n, seed, stream, epoch): return np.random.default_rng((seed, stream, epoch)).permutation(n)
 
+# %% ../nbs/13_sets.ipynb #c014
 def visit(
     n: int, # things to visit
     step: int, # which slice
@@ -45,13 +46,13 @@ def visit(
     epochs = np.unique(place // n)
     return np.concatenate([_permutation(n, seed, stream, e)[place[place // n == e] % n] for e in epochs])
 
-# %% ../nbs/13_sets.ipynb #c016
+# %% ../nbs/13_sets.ipynb #c017
 def _draw(rng, pool, m):
     "m members of a pool, each floor(m / n) or one more times."
     n = len(pool)
     return pool[np.concatenate([np.tile(np.arange(n), m // n), rng.choice(n, m % n, replace=False)])]
 
-# %% ../nbs/13_sets.ipynb #c019
+# %% ../nbs/13_sets.ipynb #c020
 class SetSampler:
     "Sets of m treated cells with m controls of the same cell type and batches; a pure function of (seed, step)."
     def __init__(self,
@@ -78,7 +79,7 @@ class SetSampler:
             raise BadCells(f"cell type {line!r} has no control cells here, so its sets have nothing to start from")
         return self.controls.get((line, batch), self.controls[line, None])
 
-# %% ../nbs/13_sets.ipynb #c021
+# %% ../nbs/13_sets.ipynb #c022
 def _rows(self: SetSampler,
     step: int, # which step of training
     size: int, # B, sets in it
@@ -95,12 +96,13 @@ def _rows(self: SetSampler,
 
 SetSampler.rows = _rows
 
-# %% ../nbs/13_sets.ipynb #c023
+# %% ../nbs/13_sets.ipynb #c024
 def _gather(self: SetSampler, rows):
     "Expression and log totals of the cells of an array of row numbers."
     x = dense(self.X[rows.ravel()]).reshape(*rows.shape, -1)  # [B * M, G] -> [B, M, G]
     return torch.from_numpy(x), torch.from_numpy(self.total[rows])
 
+# %% ../nbs/13_sets.ipynb #c025
 def _batch(self: SetSampler,
     step: int, # which step of training
     size: int, # B, sets in it
@@ -112,7 +114,7 @@ def _batch(self: SetSampler,
 
 SetSampler._gather, SetSampler.batch = _gather, _batch
 
-# %% ../nbs/13_sets.ipynb #c035
+# %% ../nbs/13_sets.ipynb #c037
 def _cell_batch(self: SetSampler,
     step: int, # which step of pretraining
     size: int, # B, cells in it
