@@ -146,7 +146,7 @@ def _describe(adata, names, given, defaults):
     if wrong: raise BadCells(f"mode {wrong[0]!r} is not one of {MODES[1:]}")
     return obs
 
-# %% ../nbs/10_cells.ipynb #c033
+# %% ../nbs/10_cells.ipynb #c032
 def _check_groups(obs):
     "Refuse perturbations with one cell, and cell types without two controls."
     n = obs.perturbation.value_counts()
@@ -155,7 +155,7 @@ def _check_groups(obs):
     n = obs.cell_type[control].value_counts().reindex(obs.cell_type.unique(), fill_value=0)
     if n.min() < 2: raise BadCells(f"cell type {n.idxmin()!r} has {n.min()} controls; its perturbed cells cannot be compared with anything")
 
-# %% ../nbs/10_cells.ipynb #c036
+# %% ../nbs/10_cells.ipynb #c034
 def _choose_genes(cells, n, select, targets):
     "Numbers of the genes to keep, in their order: all measured targets, then the best by control cells."
     if n < 1: raise BadCells(f"n_genes={n}: keep at least one gene")
@@ -168,7 +168,7 @@ def _choose_genes(cells, n, select, targets):
     score = np.where(cells.var_names.isin(targets), np.inf, np.nan_to_num(score, nan=-1e9, posinf=1e9))
     return np.sort(np.argsort(-score, kind="stable")[:max(n, np.isinf(score).sum())])
 
-# %% ../nbs/10_cells.ipynb #c038
+# %% ../nbs/10_cells.ipynb #c036
 def _normalise(X, total):
     "log1p of counts per 10,000 of each cell's total; sparse stays sparse."
     out, summed = AnnData(X.copy()), np.asarray(X.sum(1, dtype=np.float64)).ravel()
@@ -179,7 +179,7 @@ def _normalise(X, total):
     sc.pp.log1p(out)
     return out.X.astype(np.float32)
 
-# %% ../nbs/10_cells.ipynb #c039
+# %% ../nbs/10_cells.ipynb #c037
 def _totals(adata, column, kind):
     "The library size of each cell [N]."
     X = np.expm1(adata.X) if kind == "log1p" else adata.X
@@ -194,14 +194,14 @@ def _totals(adata, column, kind):
                        f"whose genes add up to {summed[i]:g}")
     return total
 
-# %% ../nbs/10_cells.ipynb #c040
+# %% ../nbs/10_cells.ipynb #c038
 def gene_hash(
     names, # gene names, in order
 ) -> str: # 16 hexadecimal digits
     "A fingerprint of a gene list; the order counts."
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
-# %% ../nbs/10_cells.ipynb #c041
+# %% ../nbs/10_cells.ipynb #c039
 def _absent(names, obs, genes):
     "Perturbed genes that were not measured; drugs and cytokines are no genes."
     chemical = obs["mode"].isin(["drug", "cytokine"]).to_numpy()
@@ -212,7 +212,7 @@ def _absent(names, obs, genes):
         warnings.warn(f"{len(absent)} of {len(targets)} perturbed genes are not measured: {', '.join(absent[:8])}{more}", stacklevel=4)
     return targets, absent
 
-# %% ../nbs/10_cells.ipynb #c043
+# %% ../nbs/10_cells.ipynb #c041
 def _leave_out(adata, column, drop):
     "The cells whose label is not in `drop`."
     drop = [drop] if isinstance(drop, str) else list(drop)
@@ -223,14 +223,14 @@ def _leave_out(adata, column, drop):
         raise BadCells(f"drop names {unknown[0]!r}, but no cell has {column} == {unknown[0]!r}; values are {sorted(labels.unique())[:8]}")
     return adata[~labels.isin(drop).to_numpy()]
 
-# %% ../nbs/10_cells.ipynb #c044
+# %% ../nbs/10_cells.ipynb #c042
 def _plain(adata):
     "The same cells with X as csr or as an array, and no more than is read."
     if adata.X is None: raise BadCells("X is empty; put the counts there first, for instance adata.X = adata.layers['counts']")
     X = sparse.csr_matrix(adata.X) if sparse.issparse(adata.X) else np.asarray(adata.X)
     return AnnData(X, obs=adata.obs, var=adata.var[[]], uns=adata.uns)
 
-# %% ../nbs/10_cells.ipynb #c045
+# %% ../nbs/10_cells.ipynb #c043
 def prepare(
     adata: AnnData, # a screen, N cells x genes; left as it is
     perturbation: str = "perturbation", # column of obs: what was done to each cell
@@ -259,7 +259,7 @@ def prepare(
     obs["log_total"] = np.log1p(size).astype(np.float32)
     return _build(adata, obs, size, kind, n_genes, select, total)
 
-# %% ../nbs/10_cells.ipynb #c046
+# %% ../nbs/10_cells.ipynb #c044
 def _build(adata, obs, size, kind, n_genes, select, total):
     "The prepared cells, from parts that were checked."
     rest = adata.obs.drop(columns=[c for c in COLUMNS if c in adata.obs])
@@ -276,14 +276,14 @@ def _build(adata, obs, size, kind, n_genes, select, total):
     if "truth" in adata.uns: out.uns["truth"] = deepcopy(adata.uns["truth"])
     return out
 
-# %% ../nbs/10_cells.ipynb #c049
+# %% ../nbs/10_cells.ipynb #c047
 def dense(
     X, # array or sparse matrix [N, G]
 ) -> np.ndarray: # float32 [N, G]
     "A plain float32 array, whatever it was."
     return np.asarray(X.toarray() if sparse.issparse(X) else X, dtype=np.float32)
 
-# %% ../nbs/10_cells.ipynb #c065
+# %% ../nbs/10_cells.ipynb #c063
 def check(
     cells: AnnData, # what somebody passed
 ) -> None:
@@ -297,10 +297,10 @@ def check(
     bad = _first(cells, lambda v: ~np.isfinite(v)) if cells.X is not None else "nothing"
     if bad: raise BadCells(f"X holds {bad}")
 
-# %% ../nbs/10_cells.ipynb #c073
+# %% ../nbs/10_cells.ipynb #c071
 KEYS = ["perturbation", "cell_type", "mode", "dose", "time"]  # what makes a condition
 
-# %% ../nbs/10_cells.ipynb #c074
+# %% ../nbs/10_cells.ipynb #c072
 def conditions(
     cells: AnnData, # prepared cells, N
 ) -> tuple: # (DataFrame of P rows: KEYS and n_cells, sorted; array [N] of row numbers, -1 for controls)
@@ -311,14 +311,14 @@ def conditions(
     code = np.full(cells.n_obs, -1); code[treated] = grouped.ngroup()
     return grouped.size().rename("n_cells").reset_index().replace({"time": {np.inf: np.nan}}), code
 
-# %% ../nbs/10_cells.ipynb #c077
+# %% ../nbs/10_cells.ipynb #c075
 def _average(code, n):
     "A sparse [n, N] matrix whose row k averages the cells with code k."
     own = np.flatnonzero(code >= 0)
     size = np.bincount(code[own], minlength=n)
     return sparse.csr_matrix((1 / size[code[own]], (code[own], own)), shape=(n, len(code)))
 
-# %% ../nbs/10_cells.ipynb #c078
+# %% ../nbs/10_cells.ipynb #c076
 def _control_weights(cells, table, code):
     "A sparse [P, N] matrix: the weight of every control cell for each condition; rows add up to 1."
     line, batch, own = cells.obs.cell_type.to_numpy(str), cells.obs.batch.to_numpy(str), code >= 0
@@ -335,7 +335,7 @@ def _control_weights(cells, table, code):
     share = sparse.csr_matrix((share, (n.condition, n.place)), shape=(len(table), len(places)))
     return share @ sparse.vstack(rows, format="csr")
 
-# %% ../nbs/10_cells.ipynb #c080
+# %% ../nbs/10_cells.ipynb #c078
 def _halve(cells, half, seed):
     "One half of the cells: of every condition and of the controls, batch by batch."
     stratum = pd.factorize(cells.obs.cell_type.astype(str) + "\t" + cells.obs.batch.astype(str), sort=True)[0]
@@ -344,7 +344,7 @@ def _halve(cells, half, seed):
     keep = np.zeros(cells.n_obs, bool); keep[order[half::2]] = True
     return cells[keep]
 
-# %% ../nbs/10_cells.ipynb #c081
+# %% ../nbs/10_cells.ipynb #c079
 def _variance(weights, X, mean):
     "Sample variance of the cells of each row of an averaging matrix [n, N]; NaN for one cell."
     n = np.diff(weights.indptr)[:, None]
@@ -353,7 +353,7 @@ def _variance(weights, X, mean):
 
 def _product(weights, X): return np.asarray((weights @ X).toarray() if sparse.issparse(X) else weights @ X, dtype=np.float64)
 
-# %% ../nbs/10_cells.ipynb #c082
+# %% ../nbs/10_cells.ipynb #c080
 def effects(
     cells: AnnData, # prepared cells with controls
     half: int | None = None, # 0 or 1: only that random half of the treated and of the control cells
@@ -373,7 +373,7 @@ def effects(
     sem = np.sqrt(_variance(treated, cells.X, mean) / table.n_cells.to_numpy()[:, None] + noise * np.asarray(weights.power(2).sum(1)))
     return _table(table, mean, reference, sem, cells.var)
 
-# %% ../nbs/10_cells.ipynb #c083
+# %% ../nbs/10_cells.ipynb #c081
 def _table(table, mean, control, sem, var):
     "Effects as an AnnData of P conditions x G genes."
     layers = {k: v.astype(np.float32) for k, v in dict(mean=mean, control=control, sem=sem).items()}
@@ -381,7 +381,7 @@ def _table(table, mean, control, sem, var):
     facts = dict(schema=SCHEMA, kind="signature", units="log1p of counts per 10,000", genes_hash=gene_hash(var.index))
     return AnnData((mean - control).astype(np.float32), obs=table, var=var[[]], layers=layers, uns={"biojepa": facts})
 
-# %% ../nbs/10_cells.ipynb #c084
+# %% ../nbs/10_cells.ipynb #c082
 def _row_names(table):
     "The perturbation; cell type, mode, dose and time are added when names would repeat."
     names = table.perturbation.astype(str)
