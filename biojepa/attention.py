@@ -36,7 +36,7 @@ def linear_attention(q: Tensor,                  # queries [B, H, N, d]
     total = q @ k.sum(-2)[..., None]                                                # [B, H, N, 1]
     return q @ memory / total.clamp(min=eps)
 
-# %% ../nbs/30_attention.ipynb #c042
+# %% ../nbs/30_attention.ipynb #c043
 class _Attention(nn.Module):
     "Four maps of the width onto itself, query, key, value and out; who attends how is up to the subclass."
     attend = None
@@ -60,7 +60,7 @@ class _Attention(nn.Module):
         heard = self.attend(self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context)), mask)
         return self.out(heard.transpose(1, 2).flatten(2))                           # [B, H, N, D/H] -> [B, N, D]
 
-# %% ../nbs/30_attention.ipynb #c043
+# %% ../nbs/30_attention.ipynb #c044
 class LinearAttention(_Attention):
     "Linear attention, for many keys such as genes; [B, N, D] in, [B, N, D] out."
     attend = staticmethod(linear_attention)
@@ -69,14 +69,14 @@ class CrossAttention(_Attention):
     "Softmax attention, for few keys such as the tokens of an action; [B, N, D] in, [B, N, D] out."
     attend = staticmethod(softmax_attention)
 
-# %% ../nbs/30_attention.ipynb #c056
+# %% ../nbs/30_attention.ipynb #c057
 class MLP(nn.Sequential):
     "Width to four times the width and back, with a GELU between; each token by itself."
     def __init__(self,
                  width: int):  # D
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-# %% ../nbs/30_attention.ipynb #c062
+# %% ../nbs/30_attention.ipynb #c063
 class Block(nn.Module):
     "Tokens listen to each other, then each thinks for itself; both pre-normed and added (Xiong et al. 2020)."
     def __init__(self,
