@@ -16,7 +16,7 @@ import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
 
-# %% ../nbs/10_cells.ipynb #c008
+# %% ../nbs/10_cells.ipynb #c009
 CONTROL = "control"  # the one name of cells that nothing was done to
 MODES = ("control", "CRISPRi", "CRISPRa", "CRISPRko", "overexpression", "drug", "cytokine")
 COLUMNS = ("perturbation", "mode", "dose", "time", "cell_type", "batch", "log_total")  # of obs
@@ -24,21 +24,21 @@ SCHEMA = 1           # version of the contract
 
 class BadCells(ValueError): "Cells that break the contract; the message names the column, gene or cell."
 
-# %% ../nbs/10_cells.ipynb #c010
+# %% ../nbs/10_cells.ipynb #c011
 def parts(
     name: str, # 'B+A', 'A' or 'control'
 ) -> tuple: # ('A', 'B'), ('A',) or ()
     "Targets of a perturbation, sorted, each once; control has none."
     return () if name == CONTROL else tuple(sorted({p.strip() for p in str(name).split("+")}))
 
-# %% ../nbs/10_cells.ipynb #c011
+# %% ../nbs/10_cells.ipynb #c012
 def join_parts(
     names, # targets, in any order
 ) -> str: # 'A+B', or 'control' for none
     "The one name of a combination."
     return "+".join(sorted(set(names))) or CONTROL
 
-# %% ../nbs/10_cells.ipynb #c014
+# %% ../nbs/10_cells.ipynb #c015
 def _name(label, control, sep):
     "Our name of one label of the file."
     if label == control: return CONTROL
@@ -50,12 +50,12 @@ def _name(label, control, sep):
     if not all(targets): raise BadCells(f"perturbation {label!r} has an empty part")
     return join_parts(t for t in targets if t != control)
 
-# %% ../nbs/10_cells.ipynb #c015
+# %% ../nbs/10_cells.ipynb #c016
 def _need(adata, column, use="", more=""):
     "Refuse a column that obs does not have."
     if column not in adata.obs: raise BadCells(f"obs has no column {column!r}{use}; it has {list(adata.obs.columns)}{more}")
 
-# %% ../nbs/10_cells.ipynb #c016
+# %% ../nbs/10_cells.ipynb #c017
 def _names(adata, column, control, sep):
     "The name of every cell's perturbation [N]."
     _need(adata, column)
@@ -68,7 +68,7 @@ def _names(adata, column, control, sep):
         raise BadCells(f"no cell has {column} == {control!r}, so there are no controls; name them with control=, one of {choice}")
     return names
 
-# %% ../nbs/10_cells.ipynb #c021
+# %% ../nbs/10_cells.ipynb #c022
 def _first(adata, bad):
     "The first entry of X for which bad(values) holds, as text, or None."
     X = adata.X
@@ -78,7 +78,7 @@ def _first(adata, bad):
     else: (i, j), v = divmod(at[0], X.shape[1]), X.ravel()[at[0]]
     return f"{v:g} for cell {adata.obs_names[i]!r}, gene {adata.var_names[j]!r}"
 
-# %% ../nbs/10_cells.ipynb #c024
+# %% ../nbs/10_cells.ipynb #c025
 def _check_values(adata, kind):
     "Refuse numbers that are not what `kind` says they are."
     if kind not in ("counts", "log1p"): raise BadCells(f"kind={kind!r} is neither 'counts' nor 'log1p'")
@@ -94,7 +94,7 @@ def _check_values(adata, kind):
         raise BadCells("X holds whole numbers only, so it looks like raw counts: leave kind='counts'")
     if kind == "log1p": _check_logged(adata)
 
-# %% ../nbs/10_cells.ipynb #c025
+# %% ../nbs/10_cells.ipynb #c026
 def _check_logged(adata):
     "Refuse logged values that are not of counts per 10,000."
     per_cell = np.asarray(np.expm1(adata.X).sum(1, dtype=np.float64)).ravel()
@@ -102,7 +102,7 @@ def _check_logged(adata):
         raise BadCells(f"cell {adata.obs_names[per_cell.argmax()]!r} adds up to {per_cell.max():.0f} when the log is undone, "
                        "more than 10,000: X must be log1p of counts per 10,000")
 
-# %% ../nbs/10_cells.ipynb #c026
+# %% ../nbs/10_cells.ipynb #c027
 def _check_axes(adata):
     "Refuse names that occur twice and cells without counts."
     for what, index in (("gene", adata.var_names), ("cell", adata.obs_names)):
@@ -113,7 +113,7 @@ def _check_axes(adata):
         raise BadCells(f"cell {adata.obs_names[empty[0]]!r} is empty ({len(empty)} of {adata.n_obs} are); "
                        "leave them out (scanpy.pp.filter_cells)")
 
-# %% ../nbs/10_cells.ipynb #c028
+# %% ../nbs/10_cells.ipynb #c029
 def _column(adata, key, value, default):
     "One described property of every cell [N], not yet converted."
     column = (key if key in adata.obs else default) if value is None else value
@@ -121,7 +121,7 @@ def _column(adata, key, value, default):
     if named and value is not None: _need(adata, value, f" for {key}=", f", and the modes are {MODES[1:]}" if key == "mode" else "")
     return adata.obs[column] if named and column in adata.obs else pd.Series(column, index=adata.obs_names)
 
-# %% ../nbs/10_cells.ipynb #c029
+# %% ../nbs/10_cells.ipynb #c030
 def _number(label, key):
     "A dose or time; '1+1' is one dose given twice over, to both parts."
     try: values = {float(v) for v in str(label).split("+")}
@@ -130,7 +130,7 @@ def _number(label, key):
         raise BadCells(f"{key} {label!r} is not one number from 0 up; map the column first, or give {key}= a number")
     return values.pop()
 
-# %% ../nbs/10_cells.ipynb #c030
+# %% ../nbs/10_cells.ipynb #c031
 def _describe(adata, names, given, defaults):
     "The contract's columns of obs, in order, from what the caller gave."
     control, obs = names == CONTROL, pd.DataFrame({"perturbation": names}, index=adata.obs_names)
@@ -146,7 +146,7 @@ def _describe(adata, names, given, defaults):
     if wrong: raise BadCells(f"mode {wrong[0]!r} is not one of {MODES[1:]}")
     return obs
 
-# %% ../nbs/10_cells.ipynb #c032
+# %% ../nbs/10_cells.ipynb #c033
 def _check_groups(obs):
     "Refuse perturbations with one cell, and cell types without two controls."
     n = obs.perturbation.value_counts()
@@ -155,7 +155,7 @@ def _check_groups(obs):
     n = obs.cell_type[control].value_counts().reindex(obs.cell_type.unique(), fill_value=0)
     if n.min() < 2: raise BadCells(f"cell type {n.idxmin()!r} has {n.min()} controls; its perturbed cells cannot be compared with anything")
 
-# %% ../nbs/10_cells.ipynb #c034
+# %% ../nbs/10_cells.ipynb #c035
 def _choose_genes(cells, n, select, targets):
     "Numbers of the genes to keep, in their order: all measured targets, then the best by control cells."
     if n < 1: raise BadCells(f"n_genes={n}: keep at least one gene")
@@ -168,7 +168,7 @@ def _choose_genes(cells, n, select, targets):
     score = np.where(cells.var_names.isin(targets), np.inf, np.nan_to_num(score, nan=-1e9, posinf=1e9))
     return np.sort(np.argsort(-score, kind="stable")[:max(n, np.isinf(score).sum())])
 
-# %% ../nbs/10_cells.ipynb #c036
+# %% ../nbs/10_cells.ipynb #c037
 def _normalise(X, total):
     "log1p of counts per 10,000 of each cell's total; sparse stays sparse."
     out, summed = AnnData(X.copy()), np.asarray(X.sum(1, dtype=np.float64)).ravel()
@@ -179,7 +179,7 @@ def _normalise(X, total):
     sc.pp.log1p(out)
     return out.X.astype(np.float32)
 
-# %% ../nbs/10_cells.ipynb #c037
+# %% ../nbs/10_cells.ipynb #c038
 def _totals(adata, column, kind):
     "The library size of each cell [N]."
     X = np.expm1(adata.X) if kind == "log1p" else adata.X
@@ -194,14 +194,14 @@ def _totals(adata, column, kind):
                        f"whose genes add up to {summed[i]:g}")
     return total
 
-# %% ../nbs/10_cells.ipynb #c038
+# %% ../nbs/10_cells.ipynb #c039
 def gene_hash(
     names, # gene names, in order
 ) -> str: # 16 hexadecimal digits
     "A fingerprint of a gene list; the order counts."
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
-# %% ../nbs/10_cells.ipynb #c039
+# %% ../nbs/10_cells.ipynb #c040
 def _absent(names, obs, genes):
     "Perturbed genes that were not measured; drugs and cytokines are no genes."
     chemical = obs["mode"].isin(["drug", "cytokine"]).to_numpy()
@@ -212,7 +212,7 @@ def _absent(names, obs, genes):
         warnings.warn(f"{len(absent)} of {len(targets)} perturbed genes are not measured: {', '.join(absent[:8])}{more}", stacklevel=4)
     return targets, absent
 
-# %% ../nbs/10_cells.ipynb #c041
+# %% ../nbs/10_cells.ipynb #c042
 def _leave_out(adata, column, drop):
     "The cells whose label is not in `drop`."
     drop = [drop] if isinstance(drop, str) else list(drop)
@@ -223,14 +223,14 @@ def _leave_out(adata, column, drop):
         raise BadCells(f"drop names {unknown[0]!r}, but no cell has {column} == {unknown[0]!r}; values are {sorted(labels.unique())[:8]}")
     return adata[~labels.isin(drop).to_numpy()]
 
-# %% ../nbs/10_cells.ipynb #c042
+# %% ../nbs/10_cells.ipynb #c043
 def _plain(adata):
     "The same cells with X as csr or as an array, and no more than is read."
     if adata.X is None: raise BadCells("X is empty; put the counts there first, for instance adata.X = adata.layers['counts']")
     X = sparse.csr_matrix(adata.X) if sparse.issparse(adata.X) else np.asarray(adata.X)
     return AnnData(X, obs=adata.obs, var=adata.var[[]], uns=adata.uns)
 
-# %% ../nbs/10_cells.ipynb #c043
+# %% ../nbs/10_cells.ipynb #c044
 def prepare(
     adata: AnnData, # a screen, N cells x genes; left as it is
     perturbation: str = "perturbation", # column of obs: what was done to each cell
@@ -259,7 +259,7 @@ def prepare(
     obs["log_total"] = np.log1p(size).astype(np.float32)
     return _build(adata, obs, size, kind, n_genes, select, total)
 
-# %% ../nbs/10_cells.ipynb #c044
+# %% ../nbs/10_cells.ipynb #c045
 def _build(adata, obs, size, kind, n_genes, select, total):
     "The prepared cells, from parts that were checked."
     rest = adata.obs.drop(columns=[c for c in COLUMNS if c in adata.obs])
@@ -276,14 +276,14 @@ def _build(adata, obs, size, kind, n_genes, select, total):
     if "truth" in adata.uns: out.uns["truth"] = deepcopy(adata.uns["truth"])
     return out
 
-# %% ../nbs/10_cells.ipynb #c047
+# %% ../nbs/10_cells.ipynb #c048
 def dense(
     X, # array or sparse matrix [N, G]
 ) -> np.ndarray: # float32 [N, G]
     "A plain float32 array, whatever it was."
     return np.asarray(X.toarray() if sparse.issparse(X) else X, dtype=np.float32)
 
-# %% ../nbs/10_cells.ipynb #c063
+# %% ../nbs/10_cells.ipynb #c064
 def check(
     cells: AnnData, # what somebody passed
 ) -> None:
@@ -297,10 +297,10 @@ def check(
     bad = _first(cells, lambda v: ~np.isfinite(v)) if cells.X is not None else "nothing"
     if bad: raise BadCells(f"X holds {bad}")
 
-# %% ../nbs/10_cells.ipynb #c071
+# %% ../nbs/10_cells.ipynb #c072
 KEYS = ["perturbation", "cell_type", "mode", "dose", "time"]  # what makes a condition
 
-# %% ../nbs/10_cells.ipynb #c072
+# %% ../nbs/10_cells.ipynb #c073
 def conditions(
     cells: AnnData, # prepared cells, N
 ) -> tuple: # (DataFrame of P rows: KEYS and n_cells, sorted; array [N] of row numbers, -1 for controls)
@@ -311,14 +311,14 @@ def conditions(
     code = np.full(cells.n_obs, -1); code[treated] = grouped.ngroup()
     return grouped.size().rename("n_cells").reset_index().replace({"time": {np.inf: np.nan}}), code
 
-# %% ../nbs/10_cells.ipynb #c075
+# %% ../nbs/10_cells.ipynb #c076
 def _average(code, n):
     "A sparse [n, N] matrix whose row k averages the cells with code k."
     own = np.flatnonzero(code >= 0)
     size = np.bincount(code[own], minlength=n)
     return sparse.csr_matrix((1 / size[code[own]], (code[own], own)), shape=(n, len(code)))
 
-# %% ../nbs/10_cells.ipynb #c076
+# %% ../nbs/10_cells.ipynb #c077
 def _control_weights(cells, table, code):
     "A sparse [P, N] matrix: the weight of every control cell for each condition; rows add up to 1."
     line, batch, own = cells.obs.cell_type.to_numpy(str), cells.obs.batch.to_numpy(str), code >= 0
@@ -335,7 +335,7 @@ def _control_weights(cells, table, code):
     share = sparse.csr_matrix((share, (n.condition, n.place)), shape=(len(table), len(places)))
     return share @ sparse.vstack(rows, format="csr")
 
-# %% ../nbs/10_cells.ipynb #c078
+# %% ../nbs/10_cells.ipynb #c079
 def _halve(cells, half, seed):
     "One half of the cells: of every condition and of the controls, batch by batch."
     stratum = pd.factorize(cells.obs.cell_type.astype(str) + "\t" + cells.obs.batch.astype(str), sort=True)[0]
@@ -344,7 +344,7 @@ def _halve(cells, half, seed):
     keep = np.zeros(cells.n_obs, bool); keep[order[half::2]] = True
     return cells[keep]
 
-# %% ../nbs/10_cells.ipynb #c079
+# %% ../nbs/10_cells.ipynb #c080
 def _variance(weights, X, mean):
     "Sample variance of the cells of each row of an averaging matrix [n, N]; NaN for one cell."
     n = np.diff(weights.indptr)[:, None]
@@ -353,7 +353,7 @@ def _variance(weights, X, mean):
 
 def _product(weights, X): return np.asarray((weights @ X).toarray() if sparse.issparse(X) else weights @ X, dtype=np.float64)
 
-# %% ../nbs/10_cells.ipynb #c080
+# %% ../nbs/10_cells.ipynb #c081
 def effects(
     cells: AnnData, # prepared cells with controls
     half: int | None = None, # 0 or 1: only that random half of the treated and of the control cells
@@ -373,7 +373,7 @@ def effects(
     sem = np.sqrt(_variance(treated, cells.X, mean) / table.n_cells.to_numpy()[:, None] + noise * np.asarray(weights.power(2).sum(1)))
     return _table(table, mean, reference, sem, cells.var)
 
-# %% ../nbs/10_cells.ipynb #c081
+# %% ../nbs/10_cells.ipynb #c082
 def _table(table, mean, control, sem, var):
     "Effects as an AnnData of P conditions x G genes."
     layers = {k: v.astype(np.float32) for k, v in dict(mean=mean, control=control, sem=sem).items()}
@@ -381,7 +381,7 @@ def _table(table, mean, control, sem, var):
     facts = dict(schema=SCHEMA, kind="signature", units="log1p of counts per 10,000", genes_hash=gene_hash(var.index))
     return AnnData((mean - control).astype(np.float32), obs=table, var=var[[]], layers=layers, uns={"biojepa": facts})
 
-# %% ../nbs/10_cells.ipynb #c082
+# %% ../nbs/10_cells.ipynb #c083
 def _row_names(table):
     "The perturbation; cell type, mode, dose and time are added when names would repeat."
     names = table.perturbation.astype(str)
