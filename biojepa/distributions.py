@@ -133,7 +133,7 @@ def coverage_90(case): return _inside(case, 90)
 @metric("uncertainty", "Mean over genes of the predicted standard deviation.", **QUANTITY)
 def uncertainty(case): return case.nothing() if case.std is None else case.std.mean(1)
 
-@metric("error", "Mean over genes of |d_hat - d|.", **QUANTITY)
+@metric("error", "Mean over genes of |d_hat - d|, the absolute error of the predicted change.", **QUANTITY)
 def error(case): return np.abs(case.predicted - case.observed).mean(1)
 
 # %% ../nbs/53_distributions.ipynb #c020
@@ -143,7 +143,8 @@ def partial_spearman(
     x: np.ndarray, # [..., P, 3]: two quantities, and what is taken out of both
     axis: int = -2, # where the perturbations are
 ) -> np.ndarray: # [...]
-    "Partial Spearman correlation; 0 where the third explains one of them fully."
+    "Partial Spearman correlation; 0 where the third explains one of them fully, NaN with fewer than four perturbations."
+    if x.shape[axis] < 4: return np.full(np.moveaxis(x, axis, -1).shape[:-2], np.nan)
     a, b, c = np.moveaxis(rankdata(np.moveaxis(x, axis, -1), axis=-1), -2, 0)
     ab, ac, bc = _rows_r(a, b), _rows_r(a, c), _rows_r(b, c)
     rest = np.sqrt(np.clip((1 - ac**2) * (1 - bc**2), 0, None))

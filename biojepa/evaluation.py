@@ -86,7 +86,7 @@ def _bundle(self: Line, cells, truth, predicted):
     known = lambda n: len(parts(n)) > 1 and all(p in self.seen.index for p in parts(n))
     singles = np.stack([self.seen.loc[list(parts(n))].to_numpy().sum(0) if known(n) else np.full(truth.n_vars, np.nan) for n in names])
     on = None if self.pathways is None else [{w for p in parts(n) for w in self.pathways.get(p, ())} for n in names]
-    return Case(predicted, truth.X.astype(np.float64), self.seen.values.mean(0), targets, control, treated, sem=truth.layers["sem"],
+    return Case(predicted, np.array(truth.X, dtype=np.float64), self.seen.values.mean(0), targets, control, treated, sem=np.array(truth.layers["sem"], dtype=np.float64),
                 spread=self.seen.values.var(0), singles=singles, pathways=on)
 
 def _under(self: Line, pool, wrong, only=None):
@@ -108,8 +108,8 @@ def shrunk(
     centre: np.ndarray, # [G] mean training effect
 ) -> np.ndarray: # [P, G]
     "Effects drawn towards the training mean by the share of their distance that is noise: m + max(0, 1 - sum sem^2 / sum (d - m)^2) (d - m)."
-    own = half.X.astype(np.float64) - centre
-    noise = np.nan_to_num(half.layers["sem"].astype(np.float64)**2).sum(1) / np.maximum((own**2).sum(1), 1e-12)
+    own = np.array(half.X, dtype=np.float64) - centre
+    noise = np.nan_to_num(np.array(half.layers["sem"], dtype=np.float64)**2).sum(1) / np.maximum((own**2).sum(1), 1e-12)
     return centre + np.clip(1 - noise, 0, 1)[:, None] * own
 
 def _ceilings(self: Line, seed):
@@ -118,7 +118,7 @@ def _ceilings(self: Line, seed):
     for s in range(HALVINGS):
         one, two = (_halve(self.here, h, seed * HALVINGS + s) for h in (0, 1))
         guess, case = effects(one)[names], self.bundle(two, effects(two)[names], None)
-        runs["ceiling"].append({m: self.metrics[m].ceiling(v) for m, v in self.score(case.answer(guess.X.astype(np.float64))).items()})
+        runs["ceiling"].append({m: self.metrics[m].ceiling(v) for m, v in self.score(case.answer(np.array(guess.X, dtype=np.float64))).items()})
         runs["duplicate"].append(self.score(case.answer(shrunk(guess, case.centre))))
     return {k: {m: np.mean([r[m] for r in each], 0) for m in self.metrics} for k, each in runs.items()}
 
@@ -186,6 +186,8 @@ LEAST_RANGE = 0.1 # of a metric that can tell
 
 def _sign(metric): return -1.0 if metric.best == "low" else 1.0
 
+def _known(v): return v[~np.isnan(v).any(tuple(range(1, v.ndim)))] if v.ndim > 1 else v[~np.isnan(v)]   # [P] or [P, K] without gaps
+
 def verdict(
     ends: dict, # 'floor', 'ceiling', 'average' -> values [P] or [P, K], matching rows
     metric, # a Metric
@@ -194,13 +196,13 @@ def verdict(
     seed: int = 0,
 ) -> dict: # range, discrimination, tells ('yes', 'no' or 'unknown')
     "Can this metric tell good from bad here?"
-    known = {k: v[~np.isnan(v).reshape(len(v), -1).any(1)] for k, v in ends.items()}
+    known = {k: _known(v) for k, v in ends.items()}
     if not metric.best or not len(known["ceiling"]) or not len(known["average"]): return dict(range=np.nan, discrimination=np.nan, tells="unknown")
     s, value = _sign(metric), {k: float(statistic(v, axis=0)) if len(v) else np.nan for k, v in known.items()}
     reach = (value["ceiling"] - value["average"]) / (metric.perfect - value["average"]) if metric.perfect != value["average"] else np.nan
     if metric.level == "set": gap, share = s * (np.array(bootstrap_interval(known["ceiling"], n_boot, seed, statistic)) - value["average"]), np.nan
     else:
-        d = s * (ends["ceiling"] - ends["average"]); d = d[~np.isnan(d)]
+        d = _known(s * (ends["ceiling"] - ends["average"]))
         gap, share = bootstrap_interval(d, n_boot, seed, statistic), float((d > 0).mean() + (d == 0).mean() / 2)
     beyond_floor = np.isnan(value["floor"]) or s * (value["ceiling"] - value["floor"]) > 0
     if np.isnan(gap).any(): return dict(range=reach, discrimination=share, tells="unknown")
@@ -223,7 +225,7 @@ def _block(wide, model, needs):
     return v[:, 0] if len(needs) == 1 else v
 
 def _of(statistic, v):
-    v = v[~np.isnan(v).reshape(len(v), -1).any(1)]
+    v = _known(v)
     return float(statistic(v, axis=0)) if len(v) else float("nan")
 
 # %% ../nbs/52_evaluation.ipynb #c028
@@ -264,8 +266,8 @@ def _metric_rows(wide, runs, models, shown, n_boot, seed):
     value = {k: _of(statistic, v) for k, v in blocks.items()}
     scale = {k: value[k] for k in SCALE} | verdict({k: blocks[k] for k in SCALE}, metric, statistic, n_boot, seed) | _best(value, metric, [m for m in models if m in BASELINES])
     for m in models:
-        own = blocks[m][~np.isnan(blocks[m]).reshape(len(blocks[m]), -1).any(1)]
-        if not len(own): continue
+        own = _known(blocks[m])
+        if not np.isfinite(value[m]): continue
         low, high = bootstrap_interval(own, n_boot, seed, statistic)
         yield dict(model=m, metric=name, value=value[m], low=low, high=high, n=len(own), **scale, seed_sd=_seed_sd(runs, m, needs, statistic))
 
@@ -330,10 +332,10 @@ def _uses_action(self: Card,
     "Does the score fall when the action is swapped or taken away? A model for which one of these rows says no is not using the action."
     if metric not in set(self.controls.metric): raise KeyError(f"no negative controls for {metric!r}; there are some for {list(dict.fromkeys(self.controls.metric))}")
     keys, s = ["split", "model", "perturbation"], _sign(METRICS[metric])
-    own = self.per_perturbation[self.per_perturbation.metric == metric].groupby(keys, sort=False).value.mean()
+    own = self.per_perturbation[self.per_perturbation.metric == metric].groupby(keys).value.mean()
     rows = []
     for (group, model, control), t in self.controls[self.controls.metric == metric].groupby(["split", "model", "control"], sort=False):
-        pair = pd.concat([own[group, model], t.groupby("perturbation").value.mean()], axis=1, keys=["own", "control"]).dropna()
+        pair = pd.concat([own.loc[group, model], t.groupby("perturbation").value.mean()], axis=1, keys=["own", "control"]).dropna()
         d = s * (pair.own - pair.control).to_numpy()
         low, high = bootstrap_interval(d, self.n_boot, self.seed)
         rows.append(dict(split=group, model=model, control=control, value=pair.own.mean(), under_control=pair.control.mean(), difference=_of(np.mean, d), low=low, high=high, falls="unknown" if np.isnan(low) else "yes" if low > 0 else "no"))

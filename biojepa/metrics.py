@@ -87,8 +87,8 @@ def pearson_pert(case): return pearson_rows(*case.beyond())
 
 # %% ../nbs/51_metrics.ipynb #c023
 def _top(effect, k):
-    "Numbers of the k genes with the largest effect, per row [P, k]."
-    return np.argsort(-np.abs(effect), axis=1, kind="stable")[:, :k]
+    "Numbers of the k genes with the largest effect, in no order, per row [P, k]."
+    return np.argpartition(-np.abs(effect), min(k, effect.shape[1]) - 1, axis=1)[:, :k]
 
 def _pearson_top(case, predicted, observed, k, key):
     top = case.once((key, k), lambda: _top(observed, k))
@@ -104,9 +104,11 @@ def pearson_pert_top20(case): return _pearson_top(case, *case.beyond(), 20, "top
 FDR = 0.05 # of a gene that counts as changed
 
 def changed(case: Case) -> np.ndarray | None: # [P, G] bool
-    "Genes whose observed effect is significant: two-sided normal test of d / sem, Benjamini-Hochberg over the genes of a perturbation."
+    "Genes whose observed effect is significant: two-sided normal test of d / sem, Benjamini-Hochberg over the genes of a perturbation. No sem counts as smaller than the gene's median over perturbations."
     def test():
-        p = 2 * norm.sf(np.abs(case.observed) / np.maximum(case.sem, 1e-12))
+        sem = np.array(case.sem, dtype=np.float64)      # a plain copy: layers of a view write back
+        sem = np.fmax(sem, np.nanmedian(sem, 0))
+        p = 2 * norm.sf(np.abs(case.observed) / np.maximum(sem, 1e-12))
         return false_discovery_control(np.nan_to_num(p, nan=1.0), axis=1) <= FDR
     return None if case.sem is None else case.once("changed", test)
 
@@ -250,7 +252,8 @@ def spearman(
     x: np.ndarray, # [..., P, 2]
     axis: int = -2, # where the perturbations are; the quantities come last
 ) -> np.ndarray: # [...]
-    "Spearman correlation of two quantities over perturbations."
+    "Spearman correlation of two quantities over perturbations; NaN with fewer than three."
+    if x.shape[axis] < 3: return np.full(np.moveaxis(x, axis, -1).shape[:-2], np.nan)
     return _rows_r(*np.moveaxis(rankdata(np.moveaxis(x, axis, -1), axis=-1), -2, 0))
 
 def over(name, needs, statistic, definition, **kwargs):

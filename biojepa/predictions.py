@@ -15,7 +15,7 @@ from anndata import AnnData
 
 # %% ../nbs/49_predictions.ipynb #c004
 from .cells import CONTROL, _halve, dense, effects, parts
-from .splits import Leak
+from .splits import Leak, Split
 
 # %% ../nbs/49_predictions.ipynb #c008
 def held_out(
@@ -67,7 +67,7 @@ def _open(out):
 
 def _frame(out, cell_types, layer="delta"):
     "Answers as a DataFrame with rows (perturbation, cell_type); without cell types they hold for all."
-    table = out if isinstance(out, pd.DataFrame) else pd.DataFrame(dense(out.layers[layer]), out.obs_names, out.var_names)
+    table = out if isinstance(out, pd.DataFrame) else pd.DataFrame(np.array(dense(out.layers[layer])), out.obs_names, out.var_names)
     obs = out.obs if isinstance(out, AnnData) else pd.DataFrame(index=out.index)
     table = table.set_axis(np.asarray(obs.perturbation if "perturbation" in obs else obs.index, dtype=str))
     if "cell_type" in obs: return table.set_axis(pd.MultiIndex.from_arrays([table.index, np.asarray(obs.cell_type, dtype=str)]))
@@ -121,7 +121,7 @@ def check_predictor(
 ) -> None:
     "Raise Leak, naming the perturbation, when a predictor was taught something that this split holds out."
     own = getattr(predictor, "split", None)
-    if own is None or own == split: return
+    if not isinstance(own, Split) or own == split: return      # a path has a method of that name
     if own.test_contexts or split.test_contexts:
         if own.test_contexts != split.test_contexts: raise Leak(f"this model holds out {own.test_contexts or 'no cell type'}, it is judged on {split.test_contexts or 'none'}")
         return
