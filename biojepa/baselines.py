@@ -143,8 +143,9 @@ class RidgeEffects(Baseline):
         lines, names = (self.observed.index.get_level_values(i) for i in (0, 1))
         x, y = self.inputs(names), self.observed.values - training_mean(self.observed, lines)
         self.alpha = self.choose(cells, x, y)
-        self.model = Ridge(alpha=self.alpha).fit(x, y)
+        self.model = self.make(self.alpha).fit(x, y)
 
+    def make(self, alpha): return Ridge(alpha=alpha)
     def inputs(self, names):
         "Features [P, F] added over the parts; zeros where nothing is known."
         return np.stack([self.table.transform(list(parts(n)))[0].sum(0) for n in names])
@@ -164,7 +165,7 @@ def _choose(self: RidgeEffects, cells, x, y):
 def _answer(self: RidgeEffects, names, cell_type):
     if self.table is None: return np.tile(self.centre(cell_type), (len(names), 1))
     lost = self.table.missing(sorted({p for n in names for p in parts(n)}))
-    if lost: warnings.warn(f"no feature source knows {', '.join(lost[:8])}: ridge counts them as average", MissingFeatures, stacklevel=3)
+    if lost: warnings.warn(f"no feature source knows {', '.join(lost[:8])}: counted as average", MissingFeatures, stacklevel=3)
     return self.centre(cell_type) + self.model.predict(self.inputs(names))
 
 RidgeEffects.choose, RidgeEffects.answer = _choose, _answer
