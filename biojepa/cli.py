@@ -158,7 +158,7 @@ def write_page(path, card, predicted, facts):
 # %% ../nbs/80_cli.ipynb #c017
 @app.command()
 def demo(
-    out: Path = typer.Option(Path("runs/demo"), help="Folder for scores.csv, scores.png, predictions.h5ad, the weights and index.html."),
+    out: Path = typer.Option(Path("runs/demo"), help="Folder for index.html, scores.csv and scores.png, card.html and card.csv (every metric with its verdict), predictions.h5ad and the weights."),
     data: Optional[Path] = DATA, perturbation: str = PERTURBATION, control: str = CONTROL_NAME, mode: str = MODE, kind: str = KIND,
     batch: Optional[str] = BATCH, cell_type: Optional[str] = CELL_TYPE, total: Optional[str] = TOTAL, where: Optional[List[str]] = WHERE,
     drop: Optional[List[str]] = DROP, n_genes: int = N_GENES, features: Optional[List[Path]] = FEATURES, seed: int = SEED,
@@ -197,7 +197,8 @@ def report(result, out, start, data, seed):
     card, predicted, facts = result
     facts |= dict(seed=seed, data=Path(data).name if data else "simulated", minutes=round((time.time() - start) / 60, 1),
                   cores=os.cpu_count(), versions={p: version(p) for p in ("biojepa", "torch", "anndata", "scanpy")})
-    card.to_csv(out/"scores.csv")
+    card.table.iloc[:, :9].to_csv(out/"scores.csv", index=False, float_format="%.6g")
+    card.to_csv(out/"card.csv"); card.to_html(out/"card.html")
     predicted.write_h5ad(out/"predictions.h5ad")
     picture = write_page(out/"index.html", card, predicted, facts)
     (out/"scores.png").write_bytes(base64.b64decode(picture.split("base64,")[1].split('"')[0]))
