@@ -122,7 +122,7 @@ def plot_calibration(card, split: str | None = None): # matplotlib Axes
     ax.set_xlabel("interval, %", fontsize=8); ax.set_ylabel("share inside", fontsize=8); ax.legend(frameon=False, fontsize=7); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/54_report.ipynb #c028
+# %% ../nbs/54_report.ipynb #c030
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:12px;margin:1em 0;display:block;overflow-x:auto}td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #eee}
 th{text-align:left}img{max-width:100%}.grey{color:#aaa}.note{color:#666;font-size:13px}"""
@@ -141,7 +141,7 @@ def _table(frame, grey=()):
     rows = [f'<tr{" class=grey title=cannot-tell" if i in grey else ""}><th>{html.escape(str(i))}</th>' + "".join(f"<td>{_number(v)}</td>" for v in r) + "</tr>" for i, r in zip(frame.index, frame.to_numpy(dtype=object))]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
-# %% ../nbs/54_report.ipynb #c029
+# %% ../nbs/54_report.ipynb #c031
 def headline(card, model, metric="pearson_pert", split=None) -> str:
     "One sentence about a model: against the best baseline, the ceiling, and its negative controls."
     split = split or _largest(card)
@@ -164,7 +164,7 @@ def _metric_tables(card, split):
     grey = [m for m in wide.index if wide.tells[m] != "yes"]
     return _table(wide.drop(flatter), grey), _table(wide.loc[flatter], flatter)
 
-# %% ../nbs/54_report.ipynb #c030
+# %% ../nbs/54_report.ipynb #c032
 WARNING = "These columns compare cells, or expression and not change. no_change, which knows nothing of the perturbation, scores nearly what the truth would: read them beside that row only."
 
 def _parts(card):
