@@ -169,3 +169,36 @@ def test_splits_of_a_real_screen_judge_every_single_once(screen):
     tested = [n for s in splits[:5] for n in s.test if "+" not in n]
     assert sorted(tested) == sorted(singles) and len(splits) == 6 and all("+" in n for n in splits[5].test)
     assert budget(5)["base"]["training"]["steps"] < budget(1)["base"]["training"]["steps"] and set(budget(1)) == {"base", "v0_3"}
+
+
+@few
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]))
+def test_folded_attention_is_the_attention_that_is_written_out(seed, heads):
+    from biojepa.attention import linear_attention
+    from biojepa.predictor import PartAttention, Spread
+    torch.manual_seed(seed)
+    P, G, A, K, D = 3, 7, 2, 3, 8
+    gene, change, tokens, strength = torch.randn(1, G, D), torch.randn(P, G, D), torch.randn(P, A, K, D), torch.rand(P, A)
+    seen = torch.rand(P, A, K) > 0.3
+    seen[..., 0] = True
+    cut = lambda x: x.unflatten(-1, (heads, -1))
+    with torch.no_grad():
+        listen, spread = PartAttention(D, heads), Spread(D, heads)
+        q, k, v = (cut(x) for x in (listen.q(gene) + listen.q_change(change), listen.k(tokens), listen.v(tokens)))
+        score = torch.einsum("pghd,pakhd->phgak", q, k) / (D // heads) ** 0.5
+        share = score.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1) * strength[:, None, None, :, None]
+        plain = listen.out(torch.einsum("phgak,pakhd->pghd", share, v).flatten(2))
+        torch.testing.assert_close(listen(gene, change, tokens, seen, strength), plain, atol=1e-5, rtol=1e-4)
+        q, k, v = (cut(x).transpose(1, 2) for x in (spread.q(gene), spread.k(gene), spread.v(change)))
+        torch.testing.assert_close(spread(gene, change), spread.out(linear_attention(q, k, v).transpose(1, 2).flatten(2)), atol=1e-5, rtol=1e-4)
+
+
+def test_sixteen_bits_are_enough_for_a_step(screen):
+    cells, features, fold = screen
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        less = {**TINY, "pretraining": {**TINY["pretraining"], "precision": precision}, "training": {**TINY["training"], "precision": precision}}
+        losses[precision] = BioJEPA.fit(cells, fold, features=features, seed=0, **less).history
+    for stage in ("pretraining", "training"):
+        a, b = (losses[p][stage].loss.to_numpy() for p in losses)
+        assert np.allclose(a, b, rtol=0.05) and not np.array_equal(a, b)
