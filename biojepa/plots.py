@@ -49,7 +49,13 @@ def _panel(ax, t, models, paint, labels):
     ax.set_ylim(len(models) - .4, -.6); ax.tick_params(axis="y", length=0)
     for text, m in zip(ax.get_yticklabels(), models): text.set_color(paint[m])
 
-# %% ../nbs/70_plots.ipynb #c015
+# %% ../nbs/70_plots.ipynb #c016
+def _mute(ax):
+    "Grey a panel whose metric cannot tell good from bad here."
+    for artist in (*ax.lines, *ax.collections, *ax.patches, *ax.texts): artist.set_alpha(0.25)
+    ax.text(0.5, 0.5, "cannot tell here", transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.4", style="italic")
+
+# %% ../nbs/70_plots.ipynb #c017
 def _legend(band):
     line = lambda **style: plt.Line2D([], [], color="0.45", **style)
     band.legend([line(ls=":", lw=1), line(ls="--", lw=1), line(marker="o", ms=5, lw=2.5, alpha=.6)],
@@ -80,14 +86,16 @@ def plot_scores(
         here = table[table.split == group]
         band.suptitle(f"{group}, {here.n.max()} perturbation{'s' if here.n.max() > 1 else ''}", x=0.01, ha="left", fontsize=9, weight="bold")
         for i, (metric, ax) in enumerate(zip(metrics, band.subplots(1, len(metrics), squeeze=False)[0])):
-            _panel(ax, here[here.metric == metric].set_index("model"), models, colours(models), labels=i == 0)
+            own = here[here.metric == metric].set_index("model")
+            _panel(ax, own, models, colours(models), labels=i == 0)
+            if "tells" in own and (own.tells == "no").all(): _mute(ax)
             ax.set_xlim(*_limits(table[table.metric == metric])); ax.tick_params(labelsize=8)
             if group == groups[0]: ax.set_title(_heading(metric), fontsize=9)
             sns.despine(ax=ax, left=True)
     _legend(bands[-1])
     return figure
 
-# %% ../nbs/70_plots.ipynb #c024
+# %% ../nbs/70_plots.ipynb #c026
 def _row(data, name, what):
     "One row's change and, where there is one, its standard deviation [G]."
     if name not in data.obs_names: raise KeyError(f"{name!r} is not a row of the {what}; it has {list(data.obs_names[:5])}")
@@ -116,7 +124,7 @@ def plot_effect(
     ax.legend(frameon=False, fontsize=8); sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/70_plots.ipynb #c030
+# %% ../nbs/70_plots.ipynb #c032
 def plot_training(
     history: pd.DataFrame, # what `pretrain` and `train` return: step, loss parts, perhaps validation
 ): # the matplotlib Figure
