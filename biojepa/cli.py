@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'DATA', 'PERTURBATION', 'CONTROL_NAME', 'MODE', 'KIND', 'BATCH', 'CELL_TYPE', 'TOTAL', 'WHERE', 'DROP',
-           'N_GENES', 'FEATURES', 'SEED', 'STYLE', 'root', 'main', 'read_screen', 'budget', 'simulated_screen',
-           'real_splits', 'fit_all', 'predictions', 'write_page', 'demo', 'run_demo', 'report', 'prepare', 'fit',
-           'predict', 'score']
+           'N_GENES', 'FEATURES', 'SEED', 'root', 'main', 'read_screen', 'budget', 'simulated_screen', 'real_splits',
+           'fit_all', 'predictions', 'write_page', 'demo', 'run_demo', 'report', 'prepare', 'fit', 'predict', 'score']
 
 # %% ../nbs/80_cli.ipynb #c003
-import base64, io, json, os, time, warnings
+import json, os, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import List, Optional
@@ -34,7 +33,7 @@ def main():
         raise SystemExit(2)
 
 # %% ../nbs/80_cli.ipynb #c008
-def _choose(adata, where, drop, perturbation):
+def _choose(adata, where):
     "Cells with COLUMN=VALUE for every `where`."
     for rule in where or []:
         column, _, value = rule.partition("=")
@@ -51,7 +50,7 @@ def read_screen(
     "Read, choose and prepare. Raises before anything is written."
     from biojepa.cells import prepare
     if not Path(data).exists(): raise FileNotFoundError(f"no file {data}")
-    raw = _choose(anndata.read_h5ad(data), where, drop, perturbation)
+    raw = _choose(anndata.read_h5ad(data), where)
     return prepare(raw, perturbation, control, mode=mode, kind=kind, batch=batch, cell_type=cell_type, total=total, drop=drop or (), n_genes=n_genes)
 
 # %% ../nbs/80_cli.ipynb #c009
@@ -128,23 +127,16 @@ def predictions(cells, splits, models):
     return anndata.concat(rows, index_unique="-fold" if len(rows) > 1 else None, uns_merge="first")
 
 # %% ../nbs/80_cli.ipynb #c016
-STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;font-size:13px}td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #eee}img{max-width:100%}code,pre{background:#f6f6f6;padding:2px 4px;overflow-x:auto}"
-
-def _image(figure):
-    "A figure as an <img> that carries its own bytes; the figure is closed."
-    import matplotlib.pyplot as plt
-    buffer = io.BytesIO(); figure.savefig(buffer, format="png", dpi=110); plt.close(figure)
-    return f'<img alt="figure" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
 def write_page(path, card, predicted, facts):
-    "Scores, pictures and settings as one HTML file. Returns the picture of the scores."
+    "Scores, pictures and settings as one HTML file."
     import numpy as np
     from biojepa.plots import plot_effect
+    from biojepa.report import STYLE, _picture
     observed = anndata.AnnData(predicted.layers["observed"], obs=predicted.obs, var=predicted.var)
     strongest = [predicted.obs_names[i] for g in dict.fromkeys(predicted.obs.split)
                  for i in [np.flatnonzero((predicted.obs.split == g).values)[np.abs(observed.X[(predicted.obs.split == g).values]).mean(1).argmax()]]]
-    effects_ = "".join(_image(plot_effect(predicted, observed, n).figure) for n in strongest)
-    picture = _image(card.plot())
+    effects_ = "".join(_picture(plot_effect(predicted, observed, n), f"{n}: predicted and observed effect") for n in strongest)
+    picture = _picture(card.plot(), "scores of every model between floor and ceiling")
     old = card.table[card.table.metric.str.contains("global|pearson_top20|r2_|shift")].pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
     path.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>biojepa: scores</title><style>{STYLE}</style>
 <h1>biojepa: scores on perturbations that training never saw</h1>
@@ -153,7 +145,6 @@ def write_page(path, card, predicted, facts):
 <h2>The strongest held-out effect of each kind, by base</h2>{effects_}
 <h2>Columns that flatter</h2><p>They compare expression, not change: read each beside <code>no_change</code>, which knows nothing of the perturbation.</p>{old.round(3).to_html()}
 <h2>How it was made</h2><pre>{json.dumps(facts, indent=1)}</pre></html>""", encoding="utf-8")
-    return picture
 
 # %% ../nbs/80_cli.ipynb #c017
 @app.command()
@@ -200,8 +191,8 @@ def report(result, out, start, data, seed):
     card.table.iloc[:, :9].to_csv(out/"scores.csv", index=False, float_format="%.6g")
     card.to_csv(out/"card.csv"); card.to_html(out/"card.html")
     predicted.write_h5ad(out/"predictions.h5ad")
-    picture = write_page(out/"index.html", card, predicted, facts)
-    (out/"scores.png").write_bytes(base64.b64decode(picture.split("base64,")[1].split('"')[0]))
+    write_page(out/"index.html", card, predicted, facts)
+    card.plot().savefig(out/"scores.png", dpi=110)
     (out/"run.json").write_text(json.dumps(facts, indent=1))
     typer.echo(card.wide().to_string())
     typer.echo(f"{facts['minutes']} minutes; open {out/'index.html'}")
