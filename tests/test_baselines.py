@@ -145,3 +145,21 @@ def test_several_cell_types_each_have_their_own_mean():
     for name, kind in ALL_BASELINES.items():
         out = kind().fit(cells, fold, simulated_features(cells)).predict(cells, fold.test)
         assert set(out.obs.cell_type) == {"LINE0", "LINE1"} and np.isfinite(out.X).all(), name
+
+
+def test_ridge_is_chosen_by_both_agreements():
+    from sklearn.linear_model import Ridge
+    from biojepa.baselines import ALPHAS, RidgeEffects, pearson_rows
+    from biojepa.cells import effects
+    differs = np.zeros(2, int)
+    for seed in range(6):
+        cells = prepare(simulate(n_genes=60, n_perturbations=50, cells_per_perturbation=10, seed=seed), n_genes=60)
+        fold = split(cells, "unseen_gene", seed=seed, val=0.25)
+        ridge = RidgeEffects().fit(cells, fold, simulated_features(cells))
+        truth, centre = effects(cells), ridge.centre("LINE0")
+        x, y, held = ridge.inputs(fold.train), truth[list(fold.train)].X - centre, truth[list(fold.val)].X
+        guess = [Ridge(alpha=a).fit(x, y).predict(ridge.inputs(fold.val)) for a in ALPHAS]
+        scores = np.array([[pearson_rows(g + centre, held).mean(), pearson_rows(g, held - centre).mean()] for g in guess])
+        assert ridge.alpha == ALPHAS[scores.sum(1).argmax()]
+        differs += ALPHAS[scores.argmax(0)] != ridge.alpha
+    assert differs.all(), "no screen here tells the choice by both from the choice by one"

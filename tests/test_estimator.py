@@ -202,3 +202,32 @@ def test_sixteen_bits_are_enough_for_a_step(screen):
     for stage in ("pretraining", "training"):
         a, b = (losses[p][stage].loss.to_numpy() for p in losses)
         assert np.allclose(a, b, rtol=0.05) and not np.array_equal(a, b)
+
+
+def test_of_an_unknown_target_the_floor_says_what_all_share(screen):
+    cells, _, fold = screen
+    seen = fold.cells(cells, "train")
+    seen = seen[(seen.obs.cell_type == "LINE0").values].copy()             # one line: no other kernel says what is shared
+    floor, unseen = Floor(use_response=False).fit(seen, None), next(n for n in fold.test if fold.groups[n] == "unseen_gene")
+    answer = floor.predict([Action.parse(unseen)], ["LINE0"])[0][0]
+    assert np.corrcoef(answer, floor.truth.mean(0))[0, 1] > 0.7
+
+
+def test_a_prediction_is_the_floor_plus_the_gated_network_with_a_stretched_doubt(model, screen):
+    cells, _, fold = screen
+    name = next(n for n in fold.test if fold.groups[n] == "unseen_gene")
+    other = copy.copy(model)
+    other.gate, other.stretch = 0.7, 1.5
+    out = other.predict(cells, [name], cell_type="LINE0")
+    action = model._action(name, None, None)
+    mean, std = model.floor.predict([action], ["LINE0"], model._control_means(cells, ["LINE0"]))
+    change = model.change(cells, encode_actions([action], model.genes, model.table), ["LINE0"])
+    assert np.abs(change).max() > 1e-4
+    assert np.allclose(out.layers["delta"], mean + 0.7 * change, atol=1e-5) and np.allclose(out.layers["std"], 1.5 * std, rtol=1e-4)
+
+
+def test_nine_of_ten_held_out_effects_lie_in_the_interval(model, screen):
+    cells, _, fold = screen
+    floor, noise = model.floor, np.asarray(effects(fold.cells(cells, "train")).layers["sem"])
+    inside = np.abs(floor.truth - floor.held_out) <= 1.6449 * model.stretch * np.sqrt(floor.held_out_std**2 + noise**2)
+    assert inside.mean() >= 0.9 - 1e-3
