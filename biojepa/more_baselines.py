@@ -22,7 +22,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from .baselines import BASELINES, ENOUGH, Baseline, RidgeEffects, beyond, in_context, pearson_rows, training_mean
 from .cells import CONTROL, effects, parts
 from .perturbations import Action
-from .readout import LinearResponse
+from .priors import LinearResponse
 
 # %% ../nbs/55_more_baselines.ipynb #c010
 def two_agreements(

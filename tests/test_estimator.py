@@ -14,7 +14,8 @@ from biojepa.featurizers import encode_actions
 from biojepa.model import among, build, configure
 from biojepa.perturbations import Action, actions_of
 from biojepa.pretraining import LoopConfig, draw_genes, learning_rate, pick_precision
-from biojepa.readout import Floor, LinearResponse, hold_out_blocks
+from biojepa.priors import LinearResponse
+from biojepa.readout import Floor, hold_out_blocks
 from biojepa.sets import SetSampler
 from biojepa.simulator import simulate, simulated_features
 from biojepa.splits import Leak, split
