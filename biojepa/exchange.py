@@ -182,9 +182,14 @@ _shared("cell-eval", "mse", "mse", "as it is", "Theirs is the error of mean expr
 _shared("cell-eval", "mae_delta", "error", "as it is", MEANS + " Their description says squared; it is absolute.", _ours("error"))
 _shared("cell-eval", "mae", "error", "as it is", "Theirs is the error of mean expression; the same as long as both files hold the same controls.", _ours("error"))
 
-def _discrimination(distance): return lambda case: 1 - places(case, distance, own=True)[0] / len(case)
+def _clear(case, distance, own=False):
+    "How many others are nearer than the true one, [P]; NaN where one is as near, which the tools settle in ways of their own."
+    nearer, tied = places(case, distance, own, 1e-6)
+    return np.where(tied > 0, np.nan, nearer)
 
-RANKS = "Theirs leaves out the gene named like the perturbation, ours the targets of all that are tested, else a prediction of nothing is placed. Theirs divides by P, so the worst is 1 / P; ours by P - 1, so chance is 1/2. Ties: theirs by order in the file, ours half."
+def _discrimination(distance): return lambda case: 1 - _clear(case, distance, own=True) / len(case)
+
+RANKS = "Theirs leaves out the gene named like the perturbation, ours the targets of all that are tested, else a prediction of nothing is placed. Theirs divides by P, so the worst is 1 / P; ours by P - 1, so chance is 1/2. Ties: theirs by order in the file, ours half; not compared."
 for distance, end in (("l1", "_l1"), ("l2", "_l2"), ("cosine", "")):
     _shared("cell-eval", f"discrimination_score_{distance}", f"rank{end}", "option", RANKS + (" Ours loses the training mean first." if not end else ""), _discrimination(distance))
 
@@ -226,7 +231,7 @@ def leave_one_out(
     return replace(case, centre=(total - case.observed) / max(len(case) - 1, 1))
 
 def _r2_pert(case): return METRICS["r2"].function(Case(*leave_one_out(case).beyond(), np.zeros(case.observed.shape[1])))
-def _nir(case): return METRICS["rank_l2"].function(replace(case, targets=None))
+def _nir(case): return 1 - _clear(replace(case, targets=None), "l2") / (len(case) - 1)
 def _row(case): return 1 - _nir(Case(case.observed, case.predicted, case.centre))
 
 # %% ../nbs/56_exchange.ipynb #c035
@@ -237,7 +242,7 @@ _shared("scperteval", "mse", "mse", "as it is", MEANS + OWN, _ours("mse"))
 _shared("scperteval", "r2_ctrl", "r2", "as it is", MEANS + OWN, _ours("r2"))
 _shared("scperteval", "pearson_pert", "pearson_pert", "option", OTHERS, lambda case: METRICS["pearson_pert"].function(leave_one_out(case)))
 _shared("scperteval", "r2_pert", "r2", "option", OTHERS + " Ours takes nothing off.", _r2_pert)
-NOBODY = "Theirs leaves out no target gene, so the target tells who it is; ours all tested targets. Ties: theirs by lot, ours half."
+NOBODY = "Theirs leaves out no target gene, so the target tells who it is; ours all tested targets. Ties: theirs by lot, ours half; not compared."
 _shared("scperteval", "nir", "rank_l2", "option", NOBODY, _nir)
 _shared("scperteval", "transpose_rank", "rank_l2", "option", NOBODY + " 0 is best there.", lambda case: 1 - _nir(case))
 _shared("scperteval", "rank", "rank_l2", "option", NOBODY + " Asks which prediction is nearest to the truth, not which truth is nearest to the prediction; 0 is best.", _row)
@@ -332,7 +337,7 @@ def agreement(
     every = pd.concat(found).dropna(subset=["a", "b"]).assign(difference=lambda t: np.abs(t.a - t.b))
     table = every.groupby(["tool", "theirs"]).agg(their_mean=("a", "mean"), our_mean=("b", "mean"), n=("a", "size"), difference=("difference", "max"))
     known = pd.DataFrame([dict(tool=s.tool, theirs=s.theirs, ours=s.ours, how=s.how) for s in SHARED if s.score])
-    return known.join(table, on=["tool", "theirs"])
+    return known.join(table, on=["tool", "theirs"]).fillna({"n": 0}).astype({"n": int})
 
 # %% ../nbs/56_exchange.ipynb #c054
 def read_cells(

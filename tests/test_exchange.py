@@ -1,4 +1,5 @@
 "Other people's tools: the files that they read, their real commands, and the metrics that must not drift from theirs."
+import os
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from hypothesis import given, settings, strategies as st
 
 import biojepa as bj
 from biojepa import exchange
+from biojepa.baselines import Mean
 from biojepa.cells import BadCells, dense, prepare
 from biojepa.evaluation import score_fold
-from biojepa.exchange import SHARED, Files, agreement, case_of, differences, installed, one_batch, predicted_cells, read_cell_eval, read_cells, run_cell_eval, to_cell_eval, with_mean
+from biojepa.exchange import SHARED, Files, agreement, case_of, differences, one_batch, read_cell_eval, read_cells, run_cell_eval, to_cell_eval, with_mean
 from biojepa.metrics import METRICS, chosen, places
 from biojepa.predictions import answers, held_out, observed_effects
 from biojepa.simulator import simulate
@@ -26,6 +28,9 @@ from biojepa.splits import Leak, split
 
 needs_cell_eval = pytest.mark.skipif(find_spec("cell_eval") is None, reason="cell-eval is not installed: pip install 'biojepa[exchange]'")
 needs_scperteval = pytest.mark.skipif(find_spec("scperteval") is None, reason="scperteval is not installed: pip install 'biojepa[exchange]'")
+
+
+DATA = Path(os.environ.get("BIOJEPA_DATA", Path(__file__).resolve().parents[2] / "shared")) / "data"
 
 
 def noisy(truth, size, seed=0):
@@ -253,6 +258,21 @@ def test_cell_types_are_compared_apart(tmp_path):
     with pytest.raises(ValueError, match="cell_type"):
         nameless = anndata.read_h5ad(files.predicted); del nameless.obs["cell_type"]
         to_cell_eval(cells, fold, nameless, tmp_path/"x")
+
+
+@needs_cell_eval
+@needs_scperteval
+def test_real_screen_and_a_predictor_full_of_ties(tmp_path):
+    "Papalexi 2021, three replicates: the training mean for every knock-out. No metric differs; ranks that are ties are not compared."
+    path = DATA / "papalexi21/papalexi_thp1_299genes.h5ad"
+    if not path.exists(): pytest.skip("papalexi21 is not in the folder that BIOJEPA_DATA names")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")       # some targets are not measured
+        cells = prepare(anndata.read_h5ad(path), "perturbation", "non-targeting", drop=["unassigned"], batch="bio_rep", mode="CRISPRko", n_genes=299)
+    fold = split(cells, "unseen_gene", seed=0)
+    both = agreement(to_cell_eval(cells, fold, Mean().fit(cells, fold), tmp_path)).set_index(["tool", "theirs"])
+    assert (both.difference.dropna() < 1e-6).all() and (both[both.how == "as it is"].n == len(fold.test)).all()
+    assert both.n["scperteval", "rank"] == 0 and both.n["cell-eval", "discrimination_score_l1"] == len(fold.test)
 
 
 # files of other tools
