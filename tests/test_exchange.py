@@ -21,7 +21,7 @@ from biojepa.baselines import Mean
 from biojepa.cells import BadCells, dense, prepare
 from biojepa.evaluation import score_fold
 from biojepa.exchange import SHARED, Files, agreement, case_of, differences, one_batch, read_cell_eval, read_cells, run_cell_eval, to_cell_eval, with_mean
-from biojepa.metrics import METRICS, chosen, places
+from biojepa.metrics import DISTANCES, METRICS, Case, chosen, places
 from biojepa.predictions import answers, held_out, observed_effects
 from biojepa.simulator import simulate
 from biojepa.splits import Leak, split
@@ -34,9 +34,10 @@ DATA = Path(os.environ.get("BIOJEPA_DATA", Path(__file__).resolve().parents[2] /
 
 
 def noisy(truth, size, seed=0):
-    "Half of the truth and some noise, as a table."
+    "A third of the truth and some noise, as a table; the target itself is predicted to go up, so that it matters who leaves it out."
     x = np.array(truth.X, dtype=float)
-    return pd.DataFrame(.5 * x + np.random.default_rng(seed).normal(0, size, x.shape), truth.obs.perturbation.astype(str), truth.var_names)
+    target = np.array([truth.var_names == n for n in truth.obs.perturbation])
+    return pd.DataFrame(.3 * x + np.random.default_rng(seed).normal(0, size, x.shape) + 5 * target, truth.obs.perturbation.astype(str), truth.var_names)
 
 
 def uneven(cells):
@@ -49,7 +50,7 @@ def uneven(cells):
 def screen():
     cells = uneven(prepare(simulate(n_genes=150, n_perturbations=60, n_doubles=12, cells_per_perturbation=50, n_batches=3, seed=1), n_genes=150))
     fold = split(cells, "simulation", seed=0)
-    return cells, fold, noisy(observed_effects(held_out(cells, fold)), .1)
+    return cells, fold, noisy(observed_effects(held_out(cells, fold)), .2)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,8 @@ def test_cells_of_another_tool_pass_untouched(screen, files, tmp_path):
     again = to_cell_eval(cells, fold, files.predicted, tmp_path)
     assert np.array_equal(dense(anndata.read_h5ad(again.predicted).X), dense(anndata.read_h5ad(files.predicted).X)) and again.below == 0
     shuffled = anndata.read_h5ad(files.predicted)[:, ::-1].copy()
-    assert list(anndata.read_h5ad(to_cell_eval(cells, fold, shuffled, tmp_path).predicted).var_names) == list(cells.var_names)
+    sorted_again = anndata.read_h5ad(to_cell_eval(cells, fold, shuffled, tmp_path).predicted)
+    assert list(sorted_again.var_names) == list(cells.var_names) and np.array_equal(dense(sorted_again.X), dense(anndata.read_h5ad(files.predicted).X))
 
 
 def test_what_cannot_be_written_is_named(screen, files, tmp_path):
@@ -205,12 +207,19 @@ def test_one_formula_fed_alike(files):
 
 def test_places_with_its_own_target_alone(files):
     case, _ = case_of(files)
-    free = replace(case, targets=None)
+    single = case.targets.any(1)
     for how in ("l1", "l2", "cosine"):
-        assert all(np.array_equal(a, b) for a, b in zip(places(free, how, own=True), places(free, how)))
-        one = replace(case, targets=np.tile(case.targets[:1], (len(case), 1)))
-        assert all(np.array_equal(a, b) for a, b in zip(places(one, how, own=True), places(one, how)))
+        nearer = []
+        for p, target in zip(case.predicted, case.targets):
+            far = DISTANCES[how](p[None, ~target], case.observed[:, ~target])[0]
+            nearer.append((far < far[len(nearer)]).sum())
+        found = places(case, how, own=True)[0]
+        assert np.array_equal(found, nearer)
+        assert how == "cosine" or (places(replace(case, targets=None), how)[0][single] > found[single]).any()     # the target that is left out was wrong
+        assert np.array_equal(places(replace(case, targets=None), how, own=True)[0], places(replace(case, targets=None), how)[0])
     assert not np.array_equal(places(case, "l1", own=True)[0], places(case, "l1")[0])
+    near = Case(np.zeros((2, 3)), np.array([[1., 0, 0], [1 + 1e-7, 0, 0]]), np.zeros(3))
+    assert places(near, "l1")[1].sum() == 0 and (places(near, "l1", rounding=1e-6)[1] == 1).all()
 
 
 # the list
