@@ -167,12 +167,16 @@ DISTANCES = {"cosine": _cosine, "l1": lambda a, b: cdist(a, b, "cityblock"), "l2
 def places(
     case: Case,
     distance: str = "cosine", # of DISTANCES, beyond the training mean
+    own: bool = False, # leave out only the target of the perturbation that is asked about
+    rounding: float = 1e-9, # smaller differences are none, in units of the largest distance or 1
 ) -> tuple[np.ndarray, np.ndarray] | None: # [P] how many others are nearer to the prediction than the true one, [P] how many are as near
     "Where the truth stands, over the genes that no tested perturbation targets; None where nothing can be compared."
-    keep = np.ones(case.observed.shape[1], bool) if case.targets is None else ~case.targets.any(0)
-    if len(case) < 2 or keep.sum() < 2: return None
-    far = DISTANCES[distance](*(x[:, keep] for x in case.beyond()))   # [P, P]
-    true, rounding = np.diag(far)[:, None], 1e-9 * max(1.0, far.max())
+    targets = np.zeros(case.observed.shape, bool) if case.targets is None else case.targets
+    keep = ~targets if own else np.broadcast_to(~targets.any(0), targets.shape)     # [P, G]
+    if len(case) < 2 or keep.sum(1).min() < 2: return None
+    predicted, observed = case.beyond()
+    far = np.concatenate([DISTANCES[distance](predicted[i:i+1, k], observed[:, k]) for i, k in enumerate(keep)]) if own else DISTANCES[distance](predicted[:, keep[0]], observed[:, keep[0]])   # [P, P]
+    true, rounding = np.diag(far)[:, None], rounding * max(1.0, far.max())
     return (far < true - rounding).sum(1), (np.abs(far - true) <= rounding).sum(1) - 1
 
 def _rank(case, distance):

@@ -50,10 +50,10 @@ def _from_cells(out):
     "Effects of predicted cells: the mean of each perturbation minus the mean of the file's own control rows, per cell type."
     if "perturbation" not in out.obs or CONTROL not in set(out.obs.perturbation): raise KeyError("this AnnData has neither layers['delta'], the predicted change, nor cells with obs['perturbation'] and rows of 'control'; X alone could be anything")
     if out.X.max() > 20: raise ValueError("these predicted cells do not look like log1p of counts per 10,000: the largest value is above 20")
-    keys = [np.asarray(out.obs[k], dtype=str) for k in ("perturbation", "cell_type", "dose") if k in out.obs]
-    mean = pd.DataFrame(dense(out.X), columns=out.var_names).groupby(keys).mean().rename_axis(("perturbation", "cell_type", "dose")[:len(keys)])
-    control = mean.loc[CONTROL].groupby(level="cell_type").mean() if "cell_type" in mean.index.names else mean.loc[CONTROL]
-    start = control.loc[mean.index.get_level_values("cell_type")] if "cell_type" in mean.index.names else np.atleast_2d(control)
+    keys = [k for k in ("perturbation", "cell_type", "dose") if k in out.obs]
+    mean = pd.DataFrame(dense(out.X).astype(np.float64), columns=out.var_names).groupby([np.asarray(out.obs[k], dtype=str) for k in keys]).mean().rename_axis(keys)
+    control = mean.loc[CONTROL].groupby(level="cell_type").mean() if "cell_type" in keys else mean.loc[[CONTROL]].mean().to_frame().T
+    start = control.loc[mean.index.get_level_values("cell_type")] if "cell_type" in keys else control
     delta, obs = mean.to_numpy() - np.asarray(start), mean.index.to_frame(index=False).astype(str)
     return AnnData(obs=obs.set_index(obs.index.astype(str)), var=out.var[[]], layers={"delta": delta})
 
