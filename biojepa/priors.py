@@ -184,7 +184,7 @@ def _variance(self: Analogy,
     cross, place = self.similarity(targets, source, linear), {t: i for i, t in enumerate(self.targets)}
     (x, known), (other, taught) = self.features(targets, source), self.features(self.targets, source)
     own = linear * (x**2).sum(1) / max((other[taught]**2).sum(1).mean(), 1e-12) + 1 - linear
-    out = own - np.einsum("ni,ij,nj->n", cross, inverse, cross)
+    out = own - ((cross @ inverse) * cross).sum(1)
     for i, t in enumerate(targets):
         if t in place: out[i] = 1 / inverse[place[t], place[t]] - penalty
     return np.where(known, np.maximum(out, 1e-6), 1.0)
@@ -204,7 +204,7 @@ def single_effects(
     targets = sorted(rows)
     size = np.array([sum(strength(p.dose) for p in a.parts) for a in actions])
     if not targets: return [], np.zeros((0, truth.shape[1])), (truth / np.maximum(size, 1e-9)[:, None]).mean(0)
-    mean = np.stack([(truth[rows[t]] / size[rows[t], None]).mean(0) for t in targets])
+    mean = np.stack([size[rows[t]] @ truth[rows[t]] / (size[rows[t]]**2).sum() for t in targets])
     centre, index = mean.mean(0), {g: i for i, g in enumerate(genes)}
     beyond = mean - centre
     for row, (t, _) in zip(beyond, targets):
