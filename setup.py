@@ -22,7 +22,8 @@ setup(
     packages=find_packages(include=["biojepa", "biojepa.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "site": cfg["site_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "site": cfg["site_requirements"].split(),
+                    "molecules": cfg["molecules_requirements"].split(), "language": cfg["language_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],
