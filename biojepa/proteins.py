@@ -74,7 +74,7 @@ def check_sequence(
     if not clean: raise BadSequence(f"{name}: empty sequence")
     wrong = next((i for i, c in enumerate(clean) if c not in RESIDUES), None)
     if wrong is None: return clean
-    hint = "; is this DNA or RNA in a code?" if clean[wrong].isdigit() else "; gaps of an alignment must go" if clean[wrong] in "-." else "; a stop inside the chain" if clean[wrong] == "*" else ""
+    hint = "; digits do not belong in a chain" if clean[wrong].isdigit() else "; gaps of an alignment must go" if clean[wrong] in "-." else "; a stop inside the chain" if clean[wrong] == "*" else ""
     raise BadSequence(f"{name}: letter {clean[wrong]!r} at position {wrong + 1} of {len(clean)} is no amino acid{hint}")
 
 # %% ../nbs/22_proteins.ipynb #c023
