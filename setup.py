@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["biojepa", "biojepa.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "exchange": cfg["exchange_requirements"].split(), "site": cfg["site_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "exchange", "site", "molecules", "language")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

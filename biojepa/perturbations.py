@@ -99,12 +99,18 @@ class Action:
 
 # %% ../nbs/20_perturbations.ipynb #c045
 def actions_of(
-        groups: pd.DataFrame,   # column perturbation; optional mode, dose, time, as in obs of prepared cells
+        groups: pd.DataFrame,   # column perturbation; optional mode, dose, time, as in obs of prepared cells, and efficiency
         mode: str = 'CRISPRi'   # used where there is no column mode
     ) -> list:                  # one Action per row
-    "The action of every row. A mode like 'CRISPRi+drug' gives each part its own, in the order of the label."
+    "The action of every row. A mode like 'CRISPRi+drug' gives each part its own, in the order of the label. Efficiency is a share of the dose; NaN is unknown and counts as 1."
     if 'perturbation' not in groups: raise BadAction(f"no column 'perturbation' among {list(groups.columns)}")
     column = lambda name, default: groups[name] if name in groups else [default] * len(groups)
     each = lambda m: m.split('+') if isinstance(m, str) and '+' in m else m
-    rows = zip(groups['perturbation'], column('mode', mode), column('dose', 1.), column('time', math.nan))
-    return [Action.parse(n, each(m), d, t) for n, m, d, t in rows]
+    rows = zip(groups['perturbation'], column('mode', mode), column('dose', 1.), column('time', math.nan), column('efficiency', 1.))
+    return [Action.parse(n, each(m), _weaker(n, d, e), t) for n, m, d, t, e in rows]
+
+def _weaker(name, dose, efficiency):
+    "The dose that a guide of this efficiency comes to; NaN is unknown."
+    if math.isnan(efficiency) or efficiency == 1: return dose
+    if not 0 <= efficiency <= 1: raise BadAction(f'{name!r}: efficiency {efficiency} is not between 0 and 1')
+    return [d * efficiency for d in dose] if isinstance(dose, (list, tuple)) else dose * efficiency

