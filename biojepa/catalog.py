@@ -101,6 +101,12 @@ def datasets() -> pd.DataFrame: # one row per screen; an empty field was not pub
     return table.astype({c: "Int64" for c in ("cells", "genes", "perturbations")})
 
 # %% ../nbs/14_catalog.ipynb #c016
+def _said(key, rule):
+    "A rule of a map in words."
+    if isinstance(rule, list): return f"{key} {(' or ' if key == 'control' else ' with ').join(map(str, rule))}"
+    fixed = isinstance(rule, (int, float)) or rule.startswith("=")
+    return f"{key} is {str(rule).lstrip('=')}" if fixed else f"{key} {rule}"
+
 def show(
     name: str, # of the screen
 ) -> str: # lines of text
@@ -111,9 +117,8 @@ def show(
              f"  {count(e.cells)} cells, {count(e.genes)} genes, {count(e.perturbations)} perturbations; {e.mode}; {', '.join(e.lines)}",
              f"  {e.citation}; doi {e.doi}; {e.accession or 'no accession'}; licence {e.licence}"]
     for s in e.sources:
-        where = {k: v for k, v in s.map.items() if k in ("perturbation", "control", "cell_type", "batch", "dose", "time")}
         lines += [f"  {s.name}: {s.kind}, {_bytes(s.size or s.total_size) or 'size ' + no}, checksum {s.hash or no}", f"    {s.url or 'no address; put the file there yourself'}",
-                  "    " + ", ".join(f"{k}={v}" for k, v in where.items())]
+                  "    columns: " + "; ".join(_said(k, s.map[k]) for k in ("perturbation", "control", "cell_type", "batch", "dose", "time") if k in s.map)]
     return "\n".join([*lines, "  Beware:", *(f"  - {t}" for t in e.traps)])
 
 # %% ../nbs/14_catalog.ipynb #c019

@@ -28,7 +28,8 @@ def units(
     X, total, row = X[size > 0], total[size > 0], np.repeat(np.arange((size > 0).sum()), size[size > 0])
     value = np.expm1(X.data)
     share = lambda t: float(np.mean(np.abs(value * t[row] / 1e4 - np.rint(value * t[row] / 1e4)) < 0.02 + 0.002 * value * t[row] / 1e4))
-    if not len(value) or share(total) > 0.95: return 1.0 if not len(value) else share(total), 1.0
+    if not len(value): return 1.0, 1.0
+    if cells.uns["biojepa"]["input"] == "counts" and share(total) > 0.95: return share(total), 1.0   # these were counts, and still are
     used = 1e4 / np.minimum.reduceat(value, X.indptr[:-1])
     return share(used), float(np.median(used / total))
 
