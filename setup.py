@@ -20,6 +20,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["biojepa", "biojepa.*"]),
+    package_data={"biojepa": ["*.toml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "exchange", "site", "molecules", "language")},

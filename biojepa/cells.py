@@ -286,6 +286,7 @@ def dense(
 # %% ../nbs/10_cells.ipynb #c064
 def check(
     cells: AnnData, # what somebody passed
+    gaps: bool = False, # allow genes that a dataset did not measure (NaN), after `concat(join='outer')`
 ) -> None:
     "Raise BadCells unless these cells follow the contract."
     facts = cells.uns.get("biojepa", {})
@@ -294,8 +295,9 @@ def check(
         raise BadCells(f"these cells follow schema {facts['schema']}, this version reads {SCHEMA}; prepare the file again")
     missing = [c for c in COLUMNS if c not in cells.obs]
     if missing: raise BadCells(f"obs has lost the column {missing[0]!r}; prepare the file again")
-    bad = _first(cells, lambda v: ~np.isfinite(v)) if cells.X is not None else "nothing"
-    if bad: raise BadCells(f"X holds {bad}")
+    unmeasured = bool(facts.get("missing"))
+    bad = _first(cells, np.isinf if gaps and unmeasured else lambda v: ~np.isfinite(v)) if cells.X is not None else "nothing"
+    if bad: raise BadCells(f"X holds {bad}" + ("; its dataset did not measure that gene: concat with join='inner', or choose a fill" if unmeasured else ""))
 
 # %% ../nbs/10_cells.ipynb #c072
 KEYS = ["perturbation", "cell_type", "mode", "dose", "time"]  # what makes a condition
@@ -360,7 +362,7 @@ def effects(
     seed: int = 0, # which halves
 ) -> AnnData: # P conditions x G genes; X is delta; layers 'mean', 'control', 'sem'; obs KEYS and n_cells
     "Mean of the treated cells minus the mean of controls, weighted by the treated cells' batches; log1p of counts per 10,000."
-    check(cells)
+    check(cells, gaps=True)
     if half not in (None, 0, 1): raise ValueError(f"half={half!r} is neither 0 nor 1")
     if half is not None: cells = _halve(cells, half, seed)
     table, code = conditions(cells)

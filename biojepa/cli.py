@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'DATA', 'PERTURBATION', 'CONTROL_NAME', 'MODE', 'KIND', 'BATCH', 'CELL_TYPE', 'TOTAL', 'WHERE', 'DROP',
-           'N_GENES', 'FEATURES', 'SEED', 'root', 'main', 'read_screen', 'budget', 'simulated_screen', 'real_splits',
-           'fit_all', 'predictions', 'write_page', 'demo', 'run_demo', 'report', 'prepare', 'fit', 'predict', 'score']
+           'N_GENES', 'FEATURES', 'SEED', 'data_app', 'root', 'main', 'read_screen', 'budget', 'simulated_screen',
+           'real_splits', 'fit_all', 'predictions', 'write_page', 'demo', 'run_demo', 'report', 'prepare', 'fit',
+           'predict', 'score', 'data_list', 'data_show', 'data_get']
 
 # %% ../nbs/80_cli.ipynb #c003
 import json, os, time, warnings
@@ -267,3 +268,47 @@ def score(
     if len(splits) > 1: raise ValueError("these models were fitted on different splits; a fair table needs one split")
     card = scorecard(anndata.read_h5ad(cells), next(iter(loaded.values())).split, loaded, features=list(features) if features else None, seed=seed)
     card.to_csv(out); typer.echo(card.wide().to_string()); typer.echo(str(out))
+
+# %% ../nbs/80_cli.ipynb #c027
+data_app = typer.Typer(help="Public screens: what there is, what it is worth, and the download.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+@data_app.command("list")
+def data_list():
+    """All screens of the catalogue.
+
+    Example: biojepa data list
+    """
+    from biojepa.catalog import datasets
+    typer.echo(datasets().drop(columns="sources").to_string(na_rep="", max_colwidth=24))
+
+@data_app.command("show")
+def data_show(name: str = typer.Argument(..., help="Such as norman; see `biojepa data list`.")):
+    """Everything about one screen: why, where, which columns, what to beware of.
+
+    Example: biojepa data show norman
+    """
+    from biojepa.catalog import show
+    typer.echo(show(name))
+
+# %% ../nbs/80_cli.ipynb #c028
+@data_app.command("get")
+def data_get(
+    name: str = typer.Argument(..., help="Such as norman; see `biojepa data list`."), source: Optional[str] = typer.Option(None, help="Whose file; the first of `show` without it."),
+    parts: Optional[str] = typer.Option(None, help="Numbers of parts for tahoe, such as 0,5,9."), folder: Optional[Path] = typer.Option(None, help="Where to; else $BIOJEPA_DATA/catalog or the user's cache."),
+    mirror: Optional[str] = typer.Option(None, help="Take the files from this address."), prepare: Optional[Path] = typer.Option(None, help="Also write cells that follow the contract, h5ad."),
+    n_genes: int = N_GENES, max_cells: Optional[int] = typer.Option(None, help="With --prepare: at most so many cells of each perturbation."), progress: bool = typer.Option(True, help="Show bars."),
+):
+    """Download a screen; a cut download goes on when it is called again.
+
+    Example: biojepa data get papalexi --prepare papalexi.h5ad
+    """
+    from biojepa.catalog import dataset, get
+    try: numbers = [int(p) for p in parts.split(",")] if parts else None
+    except ValueError: raise ValueError(f"--parts {parts!r}: whole numbers with commas, such as 0,5,9") from None
+    paths = get(name, source, numbers, folder, progress, mirror)
+    for p in paths: typer.echo(str(p))
+    if prepare is None: return
+    cells = dataset(name, source, paths=paths, n_genes=n_genes, max_cells=max_cells)
+    cells.write_h5ad(prepare)
+    typer.echo(f"{prepare}: {cells.n_obs} cells x {cells.n_vars} genes, {cells.obs.perturbation.nunique() - 1} perturbations")
