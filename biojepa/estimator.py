@@ -25,6 +25,7 @@ from .perturbations import Action, actions_of
 from .pretraining import PretrainConfig, pick_device, pretrain, write_atomic
 from .readout import Decoder, Floor, fit_decoders
 from .sets import SetSampler
+from .signature_model import SignatureModel, is_signature
 from .splits import Split
 from .training import TrainConfig, effect_target, train
 
@@ -92,7 +93,8 @@ def _fit(cls,
     training: dict | None = None, # fields of TrainConfig
     floor_options: dict | None = None, # arguments of Floor
 ): # BioJEPA
-    "Both stages and the readout. Raises BadCells or Leak before anything is written."
+    "Both stages and the readout. Raises BadCells or Leak before anything is written. Signatures give a SignatureModel."
+    if is_signature(cells): return SignatureModel.fit(cells, split, features, seed, out, preset=preset, device=device, progress=progress, network=network, training=training)
     check(cells)
     table, seen = _fit_table(features, split), split.cells(cells, "train")
     dims = dict(feature_dims=tuple(table.dims.values())) if table is not None and preset != "v0_3" else {}
@@ -399,6 +401,7 @@ def _load(cls,
     folder = Path(folder)
     if not (folder/"model.json").exists(): raise FileNotFoundError(f"no model in {folder}: model.json is missing; `save` or `fit(out=...)` writes it")
     facts = json.loads((folder/"model.json").read_text())
+    if facts.get("kind") == "signature": return SignatureModel.load(folder)
     with safe_open(folder/"model.safetensors", framework="np") as f: arrays = {k: f.get_tensor(k) for k in f.keys()}
     tensors = lambda prefix: {k: torch.tensor(v) for k, v in _below(arrays, prefix).items()}
     config = ModelConfig(**facts["config"] | {"feature_dims": tuple(facts["config"]["feature_dims"])})

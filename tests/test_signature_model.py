@@ -1,0 +1,194 @@
+"A model of signatures: laws on made-up labels, and `BioJEPA` as the one entry."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import biojepa as bj
+from biojepa.signature_model import (SignatureModel, View, ViewConfig, base_rates, check_signature, conjugate_gradients, paired_auroc, signature_loss,
+                                     stack_weights, unit_features, value_signatures)
+from biojepa.signatures import QUESTIONS, BadSignatures, auroc_interval, gene_auroc, label_pairs, signature_folds, signatures, read_signatures
+
+FAST = dict(progress=False, device="cpu", training=dict(steps=40, validate_every=20, width=16, rows=64))
+
+
+def made_up(P=150, G=16, lines=("one", "two"), seed=0):
+    "Labels of two lines that depend on four hidden directions of the features; half of the entries missing."
+    rng = np.random.default_rng(seed)
+    names, x = [f"P{i}" for i in range(P)], rng.normal(size=(P, 4))
+    w, out = rng.normal(size=(4, G)), []
+    for line in lines:
+        y = np.digitize(x @ (w + 0.3 * rng.normal(size=w.shape)) + 0.7 * rng.normal(size=(P, G)), (-1, 1)) - 1
+        out.append((pd.DataFrame([(p, f"G{g}", y[i, g]) for i, p in enumerate(names) for g in range(G) if rng.random() < 0.5], columns=["pert", "gene", "effect"]), line))
+    return out, {"x": pd.DataFrame(x, index=names)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    tables, features = made_up()
+    folder = tmp_path_factory.mktemp("labels")
+    for table, line in tables: table.to_csv(folder / f"{line}.csv", index=False)
+    sig = read_signatures(folder)
+    return sig, signature_folds(sig, 3, seed=0)[0], features
+
+
+@pytest.fixture(scope="module")
+def model(data):
+    return bj.BioJEPA.fit(data[0], data[1], features=data[2], seed=0, **FAST)
+
+
+def aurocs(predicted, sig):
+    truth = sig[predicted.obs_names].X
+    return [np.nanmean(gene_auroc(predicted.layers[q], label_pairs(truth, np.zeros(len(truth), int), q, 3))) for q in QUESTIONS]
+
+
+def test_one_entry_learns_a_planted_signal(data, model):
+    sig, fold, _ = data
+    assert isinstance(model, SignatureModel) and model.lines == ["one", "two"]
+    change, direction = aurocs(model.predict(sig, list(fold.test)), sig)
+    assert change > 0.6 and direction > 0.85
+
+
+def test_shuffled_features_fall_to_one_half(data):
+    sig, fold, features = data
+    mixed = {"x": features["x"].sample(frac=1, random_state=1).set_axis(features["x"].index)}
+    lost = bj.BioJEPA.fit(sig, fold, features=mixed, seed=0, **FAST)
+    for a in aurocs(lost.predict(sig, list(fold.test)), sig): assert abs(a - 0.5) < 0.1
+
+
+def test_held_out_labels_teach_nothing(data, model):
+    "Turned upside down, the labels of test perturbations change no weight and no prediction."
+    sig, fold, features = data
+    lies = sig.copy()
+    t = lies.obs.perturbation.isin(fold.test).values
+    lies.X[t] = -1 + 2 * (lies.X[t] == 0) + 0 * lies.X[t]
+    other = bj.BioJEPA.fit(lies, fold, features=features, seed=0, **FAST)
+    for q in QUESTIONS: assert np.array_equal(other.predict(sig, list(fold.test)).layers[q], model.predict(sig, list(fold.test)).layers[q])
+
+
+def test_a_perturbation_is_hidden_in_every_line(data):
+    sig, fold, _ = data
+    assert set(sig.obs.cell_type[sig.obs.perturbation.isin(fold.test)]) == {"one", "two"}
+    assert not set(fold.test) & set(fold.train)
+
+
+def test_save_and_load(data, model, tmp_path):
+    sig, fold, _ = data
+    model.save(tmp_path)
+    again = bj.BioJEPA.load(tmp_path)
+    assert json.loads((tmp_path / "model.json").read_text())["kind"] == "signature" and not list(tmp_path.glob("*.pkl"))
+    a, b = (m.predict(sig, ["P0", "P7", "P149"]) for m in (model, again))
+    assert a.obs.equals(b.obs) and list(a.var_names) == list(b.var_names)
+    for q in QUESTIONS: assert np.array_equal(a.layers[q], b.layers[q])
+
+
+def test_predictions_stay_in_range_and_say_their_support(data, model):
+    sig, fold, _ = data
+    p = model.predict(sig)
+    assert (p.obs_names == sig.obs_names).all()
+    assert 0 <= p.layers["change"].min() and p.layers["change"].max() <= 1 and np.abs(p.layers["direction"]).max() <= 1
+    seen = p.obs.perturbation.isin(fold.train)
+    assert (p.obs.support[seen] == 1).all() and (p.obs.support[~seen] < 1).all()
+
+
+@pytest.mark.parametrize("target", ["labels", "values"])
+def test_loss_ignores_what_was_not_measured(target):
+    "Whatever stands at a missing entry moves neither the loss nor its gradient."
+    g = torch.Generator().manual_seed(0)
+    Y = torch.randint(-1, 2, (6, 5), generator=g).float()
+    Y[torch.rand(Y.shape, generator=g) < 0.4] = torch.nan
+    answers = torch.stack([Y.abs(), Y]) if target == "labels" else Y[None]
+    base = torch.full_like(torch.nan_to_num(answers), 0.3)
+    said = torch.randn(answers.shape, generator=g, requires_grad=True)
+    loss = signature_loss(said, answers, base, target)
+    grad, = torch.autograd.grad(loss, said)
+    gone = ~answers.isfinite()
+    assert gone.any() and (grad[gone] == 0).all() and (grad[~gone] != 0).any()
+    assert signature_loss(torch.where(gone, 99.0, said), answers, base, target) == loss
+
+
+def test_missing_labels_are_missing_to_the_views(data):
+    "A row without labels, of an unseen perturbation, changes nothing that training rows said."
+    sig, fold, features = data
+    rows = sig[sig.obs.perturbation.isin(fold.train + fold.val)].copy()
+    a, b = (bj.BioJEPA.fit(d, fold, features=features, network=False, progress=False) for d in (rows, sig))
+    for q in QUESTIONS: assert np.allclose(a.predict(None, ["P1", "P2"]).layers[q], b.predict(None, ["P1", "P2"]).layers[q], atol=1e-6)
+
+
+def test_a_view_without_sharing_is_kernel_ridge():
+    "Only `own` on: gene by gene the closed form of a Gaussian process with the centred kernel."
+    rng = np.random.default_rng(0)
+    x = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(30, 6)), dtype=torch.float32))
+    y = torch.tensor(rng.normal(size=(1, 30, 3)), dtype=torch.float32)
+    y[torch.tensor(rng.random((1, 30, 3)) < 0.3)] = torch.nan
+    config = ViewConfig(own=1, line=0, alike=0, strength=0, row=0, noise=0.5, rank=30, iterations=300)
+    view = View({"x": 1.0}, config).solve(y, x, torch.arange(30), torch.zeros(30, dtype=torch.long), 1, torch.zeros(3, 6))
+    got = view(x, torch.zeros(30, dtype=torch.long), torch.arange(3), torch.zeros(3, 6))[0]
+    place = view.places(x); K = place @ place.T
+    for g in range(3):
+        s = y[0, :, g].isfinite()
+        want = K[:, s] @ torch.linalg.solve(K[s][:, s] + 0.5 * torch.eye(int(s.sum())), y[0, s, g])
+        assert torch.allclose(got[:, g], want, atol=2e-2)
+
+
+def test_conjugate_gradients_solve():
+    A = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
+    A = A @ A.transpose(1, 2) + torch.eye(8)
+    b = torch.ones(2, 8, 1)
+    assert torch.allclose(conjugate_gradients(lambda v: A @ v, b, 100, 1e-6), torch.linalg.solve(A, b), atol=1e-3)
+
+
+def test_stack_prefers_the_part_that_says_something():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=4000)
+    good, bad = truth + rng.normal(size=4000), rng.normal(size=4000)
+    w = stack_weights(np.stack([good, bad]), truth, pull=0.05)
+    assert w[0] > 5 * w[1] >= 0 and (stack_weights(np.stack([-good, bad]), truth) >= 0).all()
+    by_skill, equal = (stack_weights(np.stack([good, good + 0.1 * bad]), truth, s, pull=100) for s in ([0.3, 0.1], None))
+    assert np.isclose(by_skill[0] / by_skill[1], 9, rtol=0.1) and np.isclose(equal[0] / equal[1], 1, rtol=0.1)
+
+
+def test_paired_interval_is_narrower_than_two(data):
+    sig, _, _ = data
+    rng, one = np.random.default_rng(0), np.zeros(sig.n_obs, int)
+    a = rng.normal(size=sig.shape) + 0.5 * np.nan_to_num(sig.X)
+    b = a + 0.1 * rng.normal(size=sig.shape)
+    pairs = label_pairs(sig.X, one, "direction")
+    value, low, high = paired_auroc(a, b, pairs, 100)
+    assert np.isclose(value, auroc_interval(a, pairs, 2)[0] - auroc_interval(b, pairs, 2)[0])
+    wide = auroc_interval(a, pairs, 100)
+    assert low <= value <= high and high - low < wide[2] - wide[1]
+    assert paired_auroc(a, a, pairs, 10) == (0, 0, 0)
+
+
+def test_values_use_the_same_entry():
+    "Numbers in place of labels, one line, a squared loss; the unseen correlate, and shuffled features do not."
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 5))
+    y = x @ rng.normal(size=(5, 10)) + rng.normal(size=(120, 10))
+    y[rng.random(y.shape) < 0.2] = np.nan
+    names = [f"drug {i}" for i in range(120)]
+    sig = value_signatures(pd.DataFrame(y, index=names, columns=[f"G{i}" for i in range(10)]), "all")
+    fold, features = signature_folds(sig, 4, seed=0)[0], {"x": pd.DataFrame(x, index=names)}
+    def skill(f):
+        p = bj.BioJEPA.fit(sig, fold, features=f, **FAST).predict(sig, list(fold.test))
+        t = sig[list(fold.test)].X; ok = np.isfinite(t)
+        return np.corrcoef(p.layers["value"][ok], t[ok])[0, 1]
+    assert skill(features) > 0.7 and abs(skill({"x": features["x"].sample(frac=1, random_state=1).set_axis(names)})) < 0.3
+
+
+def test_errors_name_what_is_wrong(data, model):
+    sig, fold, features = data
+    cells = bj.prepare(bj.simulate(n_genes=30, n_perturbations=8, cells_per_perturbation=6, seed=0), n_genes=30)
+    odd, strange, endless = sig.copy(), sig.copy(), sig.copy()
+    odd.X[0, np.isfinite(odd.X[0])] = 0.5
+    strange.uns["biojepa"] = strange.uns["biojepa"] | dict(target="colours")
+    endless.X[3, 0] = np.inf
+    for bad, word in ((lambda: SignatureModel.fit(cells, fold, features), "not signatures"), (lambda: bj.BioJEPA.fit(sig, fold), "features"),
+                      (lambda: bj.BioJEPA.fit(odd, fold, features=features), "0.5"), (lambda: bj.BioJEPA.fit(strange, fold, features=features), "colours"),
+                      (lambda: bj.BioJEPA.fit(endless, fold, features=features), endless.obs_names[3]), (lambda: bj.BioJEPA.fit(sig, fold, "v0_3", features=features), "v0_3"),
+                      (lambda: model.predict(cells, ["P1"]), "not signatures"), (lambda: model.predict(sig, ["P1"], cell_type="three"), "three"),
+                      (lambda: model.predict(sig[:, :5], ["P1"]), "genes")):
+        with pytest.raises(BadSignatures, match=word): bad()
