@@ -157,12 +157,12 @@ def test_rows_of_a_peer_that_answers_the_training_mean(screen, tmp_path, monkeyp
     monkeypatch.setitem(run.PEERS, "toy", "toy.txt"); monkeypatch.setenv("PYTHONPATH", str(HERE))
     (tmp_path/"peer_toy.py").write_text(MEAN)
     monkeypatch.setattr(run, "HERE", tmp_path)
-    run.run_peer("toy", cells, [split], features, tmp_path/"sim", sys.executable, 60, 1, False)
+    run.run_peer("toy", cells, [split], features, tmp_path/"sim", sys.executable, 60)
     rows = run.rows_of("sim", cells, [split], features, tmp_path/"sim")
     assert list(rows.columns) == list(run.COLUMNS)
     one = rows[rows.split == "unseen_gene"].set_index("peer")
     for m in ("pearson_delta", "mse"): assert one.loc["toy", m] == pytest.approx(one.loc["mean", m], abs=0.02)
-    assert one.loc["toy", "seconds"] >= 0 and 0.2 < one.loc["toy", "peak_memory_gb"] < 4 and one.loc["toy", "n_test"] == sum(split.groups[n] == "unseen_gene" for n in split.test)
+    assert 0 < one.loc["toy", "cpu_seconds"] and one.loc["toy", "seconds"] >= 0 and 0.2 < one.loc["toy", "peak_memory_gb"] < 4 and one.loc["toy", "n_test"] == sum(split.groups[n] == "unseen_gene" for n in split.test)
     pairs = rows[(rows.peer == "toy") & (rows.split != "unseen_gene")]
     assert len(pairs) and pairs.pearson_delta.isna().all() and (pairs.n_test == 0).all() and pairs.note.str.contains("not for me").all()
 
@@ -172,7 +172,7 @@ def test_a_peer_that_fails_or_is_too_slow_says_so(screen, tmp_path, monkeypatch)
     monkeypatch.setitem(run.PEERS, "toy", "toy.txt"); monkeypatch.setattr(run, "HERE", tmp_path)
     for text, limit in (("raise SystemExit(3)", 60), ("import time; time.sleep(60)", 0.5)):
         (tmp_path/"peer_toy.py").write_text(text)
-        run.run_peer("toy", cells, [split], features, tmp_path/"sim", sys.executable, limit, 1, False)
+        run.run_peer("toy", cells, [split], features, tmp_path/"sim", sys.executable, limit)
         row = run.rows_of("sim", cells, [split], features, tmp_path/"sim").query("peer == 'toy'").iloc[0]
         assert f"ended with status {3 if limit == 60 else -9}" in row.note and np.isnan(row.mse) and row.n_test == 0
 
@@ -203,7 +203,7 @@ def test_stored_results():
         for group, each in own.groupby("split"): assert {"floor", "ceiling", *run.BASELINES} <= set(each.peer), (name, group)
         assert own[(own.kind == "peer") & own.pearson_delta.notna()].peer.nunique() >= 3, name
     peers = rows[rows.kind.isin(("peer", "ours"))]
-    assert peers[["version", "features_used", "epochs", "seconds", "peak_memory_gb"]].notna().all(axis=None)
+    assert peers[["version", "features_used", "epochs", "seconds", "cpu_seconds", "peak_memory_gb"]].notna().all(axis=None)
     assert peers.note[peers.n_test == 0].notna().all()
     scored = peers[peers.n_test > 0]
     assert all(((scored[f"{m}_low"] <= scored[m] + 1e-4) & (scored[m] <= scored[f"{m}_high"] + 1e-4))[scored[m].notna() & (m != "severity")].all() for m in run.METRICS)

@@ -1,5 +1,5 @@
 """A peer's side of the exchange: read what was handed over, write the answer. Needs anndata, numpy and pandas only, old ones too."""
-import json, random, sys
+import argparse, json, random
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import pandas as pd
 
 
 class Task:
-    "One folder: `.cells`, `.features`, names in `.train`, `.val`, `.test`, `.control`, `.seed`, and `.quick`, a smoke test."
-    def __init__(self, folder, quick=False):
-        self.folder, self.quick = Path(folder).resolve(), quick
+    "One folder: `.cells`, `.features`, names in `.train`, `.val`, `.test`, `.control`, `.seed`, `.quick`, a smoke test, and `.epochs(own)`."
+    def __init__(self, folder, quick=False, at_most=None):
+        self.folder, self.quick, self.at_most = Path(folder).resolve(), quick, at_most
         self.told = json.loads((self.folder/"task.json").read_text())
         for key in ("train", "val", "test", "control", "seed", "dataset"): setattr(self, key, self.told[key])
         self.cells = anndata.read_h5ad(self.folder/"cells.h5ad")
@@ -20,7 +20,15 @@ class Task:
         random.seed(self.seed); np.random.seed(self.seed)
 
     @classmethod
-    def from_command_line(cls): return cls(sys.argv[1], quick="--quick" in sys.argv)
+    def from_command_line(cls):
+        ask = argparse.ArgumentParser()
+        ask.add_argument("folder"); ask.add_argument("--quick", action="store_true"); ask.add_argument("--epochs", type=int)
+        a = ask.parse_args()
+        return cls(a.folder, a.quick, a.epochs)
+
+    def epochs(self, own, quick=2):
+        "How many epochs to train: the peer's own number, or fewer where the command line says so."
+        return min(own, quick if self.quick else self.at_most or own)
 
     def scratch(self):
         out = self.folder/"scratch"

@@ -60,7 +60,7 @@ def main():
     model = GEARS(data, device="cpu")
     edges, weight = similarity_graph(table, list(data.pert_names))
     model.model_initialize(hidden_size=64, G_go=edges, G_go_weight=weight)
-    epochs = 1 if task.quick else EPOCHS
+    epochs = task.epochs(EPOCHS, quick=1)
     model.train(epochs=epochs)
     known, base = [n for n in task.test if all(p in data.pert_names for p in task.parts(n))], task.control_mean()
     said = model.predict([task.parts(n) for n in known])

@@ -26,13 +26,14 @@ def main():
     data.split_Train_Val_Test(if_test=False, val_conds=[label(n) for n in task.val])
     model = Scouter(data, device="cpu")
     model.model_init()
-    model.train(n_epochs=2 if task.quick else EPOCHS)
+    epochs = task.epochs(EPOCHS)
+    model.train(n_epochs=epochs)
     done, base = len(model.loss_history["train_loss"]), task.control_mean()
     said = model.pred([label(n) for n in known], seed=task.seed)
     delta = {n: said[label(n)].mean(0) - base for n in known}
     delta.update({n: 0 * base for n in task.test if n not in delta})
     lost = [n for n in task.test if n not in known]
-    task.answer(delta, "scouter-learn", f"{done} of {EPOCHS}, stopped on validation loss", "ours, whitened", task.quick,
+    task.answer(delta, "scouter-learn", f"{done} of {EPOCHS}, " + ("stopped on validation loss" if done < epochs else "never stopped by validation"), "ours, whitened", done == epochs < EPOCHS,
                 f"no features for {', '.join(lost)}: no change answered" if lost else "")
 
 

@@ -22,7 +22,7 @@ PEERS = {           # name -> what the row says; None: runs in the environment o
 }
 BASELINES = ("no_change", "mean", "additive", "ridge")
 METRICS = ("pearson_delta", "pearson_pert", "pearson_delta_top20", "direction_sig", "rank", "recall_5", "mse", "severity")
-FACTS = ("dataset", "split", "peer", "kind", "version", "features_used", "epochs", "seconds", "peak_memory_gb", "n_test")
+FACTS = ("dataset", "split", "peer", "kind", "version", "features_used", "epochs", "seconds", "cpu_seconds", "peak_memory_gb", "n_test")
 COLUMNS = (*FACTS, *(c for m in METRICS for c in (m, f"{m}_low", f"{m}_high")), "note")
 
 
@@ -57,7 +57,7 @@ def environment(peer, work, python):
 
 
 def measured(command, log, limit, threads):
-    "Run to the end or to the limit: (exit status, seconds, peak resident memory in GB)."
+    "Run to the end or to the limit: (exit status, facts)."
     own = {**os.environ, **{k: str(threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}, "TQDM_MININTERVAL": "30", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "PYTHONUNBUFFERED": "1"}
     start = time.time()
     with open(log, "w") as f:
@@ -68,17 +68,18 @@ def measured(command, log, limit, threads):
             if not pid and limit and time.time() - start > limit: process.kill(); limit = None
             if not pid: time.sleep(0.2)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, time.time() - start, used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    memory = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return process.returncode, dict(seconds=round(time.time() - start, 1), cpu_seconds=round(used.ru_utime + used.ru_stime, 1), peak_memory_gb=round(memory, 2))
 
 
-def run_peer(peer, cells, splits, features, home, python, limit, threads, quick):
+def run_peer(peer, cells, splits, features, home, python, limit=None, threads=1, more=()):
     "Every split in turn; what was measured lies beside the answer."
     from exchange import hand_over
     for i, split in enumerate(splits):
         folder = hand_over(cells, split, features, home/peer/f"split{i}", dataset=home.name)
         print(f"{peer}, {home.name}, split {i + 1} of {len(splits)}: log in {folder/'log.txt'}", flush=True)
-        status, seconds, memory = measured([python, HERE/f"peer_{peer}.py", folder, *(["--quick"] if quick else [])], folder/"log.txt", limit, threads)
-        (folder/"measured.json").write_text(json.dumps(dict(status=status, seconds=round(seconds, 1), peak_memory_gb=round(memory, 2), threads=threads)))
+        status, facts = measured([python, HERE/f"peer_{peer}.py", folder, *more], folder/"log.txt", limit, threads)
+        (folder/"measured.json").write_text(json.dumps(dict(status=status, threads=threads, **facts)))
         if status: print(f"{peer} ended with status {status}; the last lines of its log:\n" + "\n".join((folder/"log.txt").read_text().splitlines()[-5:]))
 
 
@@ -116,7 +117,7 @@ def _group_rows(name, group, table, told, whole, splits):
         scored = p in whole and not refusals
         notes = [*refusals, fact("note"), "cut short" if any(t.get("cut_short") for _, t, _ in each) else ""]
         yield dict(dataset=name, split=group, peer=p, kind="ours" if PEERS[p] is None else "peer", version=fact("version"), features_used=fact("features_used"), epochs=fact("epochs"),
-                   seconds=round(sum(m["seconds"] for *_, m in each)), peak_memory_gb=max(m["peak_memory_gb"] for *_, m in each), n_test=n_test if scored else 0,
+                   **{k: round(sum(m[k] for *_, m in each)) for k in ("seconds", "cpu_seconds")}, peak_memory_gb=max(m["peak_memory_gb"] for *_, m in each), n_test=n_test if scored else 0,
                    **(_values(table, p) if scored else {}), note=". ".join(n for n in notes if n))
 
 
@@ -147,15 +148,19 @@ def main():
     ask.add_argument("--limit", type=float, default=1800, help="seconds after which a fit is ended")
     ask.add_argument("--threads", type=int, default=1)
     ask.add_argument("--results", type=Path, default=HERE/"results.csv")
+    ask.add_argument("--epochs", type=int, help="at most so many epochs (or steps, for those that count steps); the row says if it is fewer than the peer's own number")
+    ask.add_argument("--no-score", action="store_true", help="run only; `score` adds the rows later")
     ask.add_argument("--quick", action="store_true", help="a smoke test on a tiny screen; writes results under --work")
     a = ask.parse_args()
     cells, splits, features = dataset(a.data, a.quick)
     name = f"{a.data}_quick" if a.quick else a.data
     home = a.work.resolve()/name
-    if a.peer != "score": run_peer(a.peer, cells, splits, features, home, environment(a.peer, a.work.resolve(), a.python), a.limit, a.threads, a.quick)
+    more = [*(["--quick"] if a.quick else []), *(["--epochs", str(a.epochs)] if a.epochs else [])]
+    if a.peer != "score": run_peer(a.peer, cells, splits, features, home, environment(a.peer, a.work.resolve(), a.python), a.limit, a.threads, more)
+    if a.no_score: return
     rows = rows_of(name, cells, splits, features, home)
     write_rows(rows, a.work/"quick.csv" if a.quick else a.results)
-    print(rows[["split", "peer", "pearson_delta", "pearson_pert", "rank", "mse", "seconds", "peak_memory_gb", "note"]].to_string(max_colwidth=50))
+    print(rows[["split", "peer", "pearson_delta", "pearson_pert", "rank", "mse", "seconds", "cpu_seconds", "peak_memory_gb", "note"]].to_string(max_colwidth=50))
 
 
 if __name__ == "__main__": main()
