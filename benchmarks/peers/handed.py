@@ -48,6 +48,10 @@ class Task:
 
     def control_mean(self): return self.mean(self.names == self.control)
 
+    def average(self):
+        "The mean effect of the training perturbations: an answer where nothing is known."
+        return np.mean([self.mean(self.names == n) for n in self.train], 0) - self.control_mean()
+
     def answer(self, delta, package, epochs, features_used, cut_short=False, note="", refused=None):
         "Write predictions {name: change per gene} and what there is to tell."
         names = list(delta)

@@ -31,10 +31,10 @@ def main():
     done, base = len(model.loss_history["train_loss"]), task.control_mean()
     said = model.pred([label(n) for n in known], seed=task.seed)
     delta = {n: said[label(n)].mean(0) - base for n in known}
-    delta.update({n: 0 * base for n in task.test if n not in delta})
+    delta.update({n: task.average() for n in task.test if n not in delta})
     lost = [n for n in task.test if n not in known]
     task.answer(delta, "scouter-learn", f"{done} of {EPOCHS}, " + ("stopped on validation loss" if done < epochs else "never stopped by validation"), "ours, whitened", done == epochs < EPOCHS,
-                f"no features for {', '.join(lost)}: no change answered" if lost else "")
+                f"no features for {', '.join(lost)}: answered by the average training effect" if lost else "")
 
 
 main()

@@ -42,6 +42,12 @@ def dataset(name, quick=False):
     return cells, real_splits(cells, seed=0), [folder/"priors/features"/f"{n}.npz" for n in ("go_svd_128", "string_svd_128")]
 
 
+def pip_words(path):
+    "Arguments of pip, one list per call: all lines together, then those that go without their dependencies (development tools, say)."
+    lines = path.read_text().splitlines()
+    return [[l for l in lines if not l.startswith("--")], *(l.split() for l in lines if l.startswith("--"))]
+
+
 def environment(peer, work, python):
     "The interpreter of a peer, installed when it is not there."
     if PEERS[peer] is None: return sys.executable
@@ -51,7 +57,7 @@ def environment(peer, work, python):
         wanted = HERE/"requirements"/PEERS[peer]
         print(f"installing {wanted.read_text().split()} into {home}")
         subprocess.run([python, "-m", "venv", home], check=True)
-        subprocess.run([own, "-m", "pip", "install", "-q", "-r", wanted], check=True)
+        for words in pip_words(wanted): subprocess.run([own, "-m", "pip", "install", "-q", *words], check=True)
         done.write_text(subprocess.run([own, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout)
     return str(own)
 
