@@ -22,7 +22,8 @@ def cells_for(task, X, names):
     "Cells as State reads them: obsm['X_hvg'] is log1p expression, obs categorical."
     obs = pd.DataFrame({"perturbation": pd.Categorical(names), "cell_type": pd.Categorical(["LINE"] * len(names)), "batch": pd.Categorical(["0"] * len(names))},
                        index=[f"c{i}" for i in range(len(names))])
-    out = anndata.AnnData(X, obs=obs, var=pd.DataFrame(index=task.cells.var_names), obsm={"X_hvg": X.toarray().astype(np.float32)})
+    genes = list(task.cells.var_names)
+    out = anndata.AnnData(X, obs=obs, var=pd.DataFrame({"gene_name": genes}, index=genes), obsm={"X_hvg": X.toarray().astype(np.float32)})
     out.uns["log1p"] = {}
     return out
 
