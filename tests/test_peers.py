@@ -71,7 +71,9 @@ def test_a_leaking_split_is_not_handed_over(screen, tmp_path):
 
 def test_a_new_task_forgets_the_old_answer(screen, task):
     answer(task, screen)
+    (task/"measured.json").write_text("{}")
     exchange.hand_over(*screen, task)
+    assert not (task/"measured.json").exists() and not (task/"predictions.h5ad").exists()
     with pytest.raises(exchange.BadAnswer, match="told.json is missing"): exchange.read_back(task, screen[0].var_names, screen[1])
 
 

@@ -54,7 +54,7 @@ def hand_over(cells, split, features, folder, dataset="", seed=0):
     given.uns = {"biojepa": cells.uns["biojepa"]}
     task = dict(format=FORMAT, dataset=dataset, seed=seed, control=CONTROL, split=split.to_dict(), train=split.train, val=split.val, test=split.test)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("predictions.h5ad", "told.json"): (folder/old).unlink(missing_ok=True)
+    for old in ("predictions.h5ad", "told.json", "measured.json"): (folder/old).unlink(missing_ok=True)
     given.write_h5ad(folder/"cells.h5ad")
     features_file(features, split, given.var_names).write_h5ad(folder/"features.h5ad")
     (folder/"task.json").write_text(json.dumps(task, indent=1))

@@ -141,7 +141,7 @@ def write_rows(rows, path):
     import pandas as pd
     if path.exists():
         old = pd.read_csv(path)
-        rows = pd.concat([old[~old.dataset.isin(set(rows.dataset))].astype(object), rows.astype(object)])
+        rows = pd.concat([old[~old.dataset.isin(set(rows.dataset))].astype(object), rows.astype(object)])[list(rows.columns)]
     rows.sort_values("dataset", ascending=False, kind="stable").to_csv(path, index=False, float_format="%.5g")
 
 
