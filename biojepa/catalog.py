@@ -262,6 +262,7 @@ def _inside(path):
     package = zipfile.ZipFile(path)
     found = [m for m in package.namelist() if m.endswith(".h5ad")]
     if len(found) != 1: raise BadDownload(f"{path.name} holds {len(found)} h5ad files, one was expected")
+    _room(path.parent, package.getinfo(found[0]).file_size, path.with_suffix(".h5ad").name)
     return package.open(found[0])
 
 # %% ../nbs/14_catalog.ipynb #c031

@@ -259,6 +259,12 @@ def test_packages(tmp_path):
     with pytest.raises(BadDownload, match="two.zip holds 2 h5ad files"): unpack(tmp_path / "two.zip")
 
 
+def test_no_room_to_unpack(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "n.zip", "w") as z: z.writestr("norman/perturb_processed.h5ad", BODY)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
+    with pytest.raises(BadDownload, match="n.h5ad needs 600.0 kB more"): unpack(tmp_path / "n.zip")
+
+
 def test_home(monkeypatch, tmp_path):
     monkeypatch.setenv("BIOJEPA_DATA", str(tmp_path))
     assert home() == tmp_path / "catalog"
