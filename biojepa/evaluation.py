@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'HALVINGS', 'SCALE', 'CONTROLLED', 'LEAST_RANGE', 'ENDS', 'COLUMNS', 'wrong_names', 'Line', 'shrunk', 'judge',
-           'score_fold', 'verdict', 'summarise', 'Card', 'scorecard']
+           'score_fold', 'verdict', 'summarise', 'Card', 'all_baselines', 'scorecard']
 
 # %% ../nbs/52_evaluation.ipynb #c003
 import numpy as np
@@ -264,7 +264,7 @@ def _metric_rows(wide, runs, models, shown, n_boot, seed):
     name, needs, statistic, metric = shown
     blocks = {k: _block(wide, k, needs) for k in (*models, *SCALE)}
     value = {k: _of(statistic, v) for k, v in blocks.items()}
-    scale = {k: value[k] for k in SCALE} | verdict({k: blocks[k] for k in SCALE}, metric, statistic, n_boot, seed) | _best(value, metric, [m for m in models if m in BASELINES])
+    scale = {k: value[k] for k in SCALE} | verdict({k: blocks[k] for k in SCALE}, metric, statistic, n_boot, seed) | _best(value, metric, [m for m in models if m in all_baselines()])
     for m in models:
         own = _known(blocks[m])
         if not np.isfinite(value[m]): continue
@@ -344,11 +344,17 @@ def _uses_action(self: Card,
 Card.wide, Card.versus, Card.verdict, Card.uses_action = _wide, _versus, _verdict, _uses_action
 
 # %% ../nbs/52_evaluation.ipynb #c033
+def all_baselines() -> dict: # name -> class
+    "Every baseline. [55_more_baselines](55_more_baselines.ipynb) comes later in the book, so it is asked when a card is made and not when this module is read."
+    from biojepa.more_baselines import ALL_BASELINES
+    return ALL_BASELINES
+
+# %% ../nbs/52_evaluation.ipynb #c034
 def scorecard(
     cells: AnnData, # prepared cells, test perturbations included
     split, # a Split, or a list of them (folds)
     predictors: dict, # name -> a model, a function of names, an AnnData, its h5ad, or a DataFrame; with folds a list with one per fold; a tuple is several seeds of one model
-    baselines="all", # 'all', a list of names of BASELINES, or () for none
+    baselines="simple", # 'simple' (four), 'all' (every one of ALL_BASELINES), a list of names, or () for none
     features=None, # what the baselines may use; the same that the model had
     n_boot: int = 1000, # bootstrap resamples
     seed: int = 0, # of halves and bootstrap
@@ -360,17 +366,18 @@ def scorecard(
     check(cells); chosen(metrics)
     several = list(split) if isinstance(split, list) else [split]
     for s in several: check_split(s, cells)
-    wanted = list(BASELINES) if baselines == "all" else list(baselines)
+    known = all_baselines()
+    wanted = list({"simple": BASELINES, "all": known}.get(baselines, [baselines])) if isinstance(baselines, str) else list(baselines)
     per, spoiled = ({k: list(p) if isinstance(p, list) else [p] * len(several) for k, p in d.items()} for d in (predictors, _flat(controls)))
     _check_names(per, several, wanted); _check_controls(spoiled, per, several, wanted)
     parts_ = []
     for i, s in enumerate(several):
-        fitted = {n: p[i] for n, p in per.items()} | {n: BASELINES[n]().fit(cells, s, features) for n in wanted}
+        fitted = {n: p[i] for n, p in per.items()} | {n: known[n]().fit(cells, s, features) for n in wanted}
         parts_.append(_one_fold(cells, s, fitted, {k: p[i] for k, p in spoiled.items()}, seed, metrics, pathways, i))
     scores, tried = (pd.concat([p[k] for p in parts_], ignore_index=True) for k in ("scores", "controls"))
     return Card(scores, n_boot, seed, tried, {n: pd.concat([p["effects"][n] for p in parts_]) for n in parts_[0]["effects"]})
 
-# %% ../nbs/52_evaluation.ipynb #c034
+# %% ../nbs/52_evaluation.ipynb #c035
 def _flat(controls): return {(m, k): p for m, each in (controls or {}).items() for k, p in each.items()}
 
 def _one_fold(cells, split, fitted, spoiled, seed, metrics, pathways, fold):
@@ -390,8 +397,8 @@ def _one_fold(cells, split, fitted, spoiled, seed, metrics, pathways, fold):
 def _check_names(per, several, baselines):
     short = [n for n, p in per.items() if len(p) != len(several)]
     if short: raise ValueError(f"{short[0]!r} has {len(per[short[0]])} models for {len(several)} fold(s); give a list with one per fold, and several seeds of one model as a tuple")
-    unknown = [n for n in baselines if n not in BASELINES]
-    if unknown: raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {list(BASELINES)}")
+    unknown = [n for n in baselines if n not in all_baselines()]
+    if unknown: raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {list(all_baselines())}, 'simple' or 'all'")
     taken = [n for n in per if n in (*baselines, *SCALE)]
     if taken: raise ValueError(f"{taken[0]!r} is the name of a baseline or of an end of the scale; call this predictor something else")
 

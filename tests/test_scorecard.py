@@ -411,3 +411,12 @@ def test_cell_types_are_judged_apart_and_perturbations_counted_once():
     assert (out.table.query("metric == 'pearson_pert' and model == 'mean'").value == 0).all()      # each type has a mean of its own
     held = split(cells, "unseen_context", context="LINE1")
     assert set(scorecard(cells, held, {}, n_boot=10).per_perturbation.cell_type) == {"LINE1"}
+
+
+def test_baselines_by_word_and_by_name(screen):
+    from biojepa.evaluation import all_baselines
+    cells, _, fold = screen
+    names = lambda b: set(scorecard(cells, fold, {}, baselines=b, metrics=["pearson_delta"], n_boot=20).table.model) & set(all_baselines())
+    assert names("simple") == {"no_change", "mean", "additive", "ridge"} == names(["no_change", "mean", "additive", "ridge"])
+    assert names("all") == set(all_baselines()) and names("linear_response") == {"linear_response"}
+    with pytest.raises(ValueError, match="'forrest'.*'forest'"): scorecard(cells, fold, {}, baselines=["forrest"])
