@@ -19,7 +19,7 @@ import pandas as pd
 # %% ../nbs/54_report.ipynb #c004
 from .cells import CONTROL
 from .distributions import LEVELS
-from .evaluation import SCALE, _baselines
+from .evaluation import SCALE, all_baselines
 from .featurizers import FeatureTable, as_table
 from .metrics import METRICS
 
@@ -62,7 +62,7 @@ def refit_controls(
     return out
 
 # %% ../nbs/54_report.ipynb #c021
-def _judged(card): return [m for m in dict.fromkeys(card.table.model) if m not in _baselines()] or list(dict.fromkeys(card.table.model))[-1:]
+def _judged(card): return [m for m in dict.fromkeys(card.table.model) if m not in all_baselines()] or list(dict.fromkeys(card.table.model))[-1:]
 
 def _largest(card): return card.table.groupby("split", sort=False).n.max().idxmax()
 
