@@ -97,7 +97,7 @@ def tanimoto(
 
 # %% ../nbs/23_molecules.ipynb #c027
 def molecule_features(molecules: dict, radius: int = 2, bits: int = 2048, progress: bool = True, leave_out: bool = False) -> dict: # as `fingerprints`; source -> DataFrame
-    "Fingerprints and properties, for `FeatureTable`. They are made faster than they are read from disk, so nothing is kept."
+    "Fingerprints and properties, for `FeatureTable`. Nothing is kept on disk: they are made anew each time."
     return {"Morgan": fingerprints(molecules, radius, bits, progress, leave_out), "properties": descriptors(molecules, progress, leave_out)}
 
 # %% ../nbs/23_molecules.ipynb #c031
