@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 
 # %% ../nbs/42_readout.ipynb #c004
 from .cells import CONTROL, dense, effects
+from .interactions import learn_meeting, meet
 from .perturbations import Action, Part, actions_of
 from .priors import ENOUGH, Prior, strength
 
@@ -48,8 +49,9 @@ class Floor:
         rank: int = 48, # directions of effect that are kept
         use_response: bool = True, # what cells say of the wiring
         use_features: bool = True, # what similar actions did
+        use_meeting: bool = True, # what several parts do beyond their sum
         hyper_rows: int = 600, # perturbations that vote on the variances; all of them are used for the prediction
-    ): self.rank, self.use_response, self.use_features, self.hyper_rows = rank, use_response, use_features, hyper_rows
+    ): self.rank, self.use_response, self.use_features, self.use_meeting, self.hyper_rows = rank, use_response, use_features, use_meeting, hyper_rows
 
     def fit(self,
         cells: AnnData, # prepared training cells
@@ -61,9 +63,12 @@ class Floor:
         self.table = table if self.use_features else None
         self.targets = sorted({(p.target, p.mode) for a in self.actions for p in a.parts})
         self.truth, noise = np.asarray(observed.X, dtype=np.float64), np.asarray(observed.layers["sem"], dtype=np.float64)**2
+        control = cells[(cells.obs.perturbation == CONTROL).values]
+        self.control = {c: dense(control[(control.obs.cell_type == c).values].X).mean(0).astype(np.float64) for c in control.obs.cell_type.unique()}
         self.prior = Prior(self.use_response, self.use_features).fit(cells, self.actions, self.truth, self.contexts, self.table)
         self.expected = self.prior.expect(self.actions, self.contexts)            # [P, G]
         self._solve(self.truth - self.expected, noise)
+        self._learn_meeting(noise)
         return self._calibrate(noise)
 
 # %% ../nbs/42_readout.ipynb #c017
@@ -136,18 +141,50 @@ def _dual(self: Floor):
 Floor._dual = _dual
 
 # %% ../nbs/42_readout.ipynb #c022
+def _sum(self: Floor, actions, contexts, control=None):
+    "Prior and mixed model, parts added [P, G]; and the similarity to the training actions, with blocks."
+    blocks = self._kernels(actions, contexts)
+    cross = sum(w * blocks[n] @ self.blocks[n].T / self.scale[n] for w, n in zip(self.weights, self.blocks))
+    mean = ((cross @ self.alpha) * self.ratios) @ self.basis.T * self.unit
+    return mean + self.prior.expect(actions, contexts, control), cross, blocks
+
+def _meetings(self: Floor, actions, contexts, control=None):
+    "Terms of `meet` for actions of several parts: row numbers [n] and terms [n, 2, G]."
+    rows, known = [i for i, a in enumerate(actions) if len(a.parts) > 1], self.control | (control or {})
+    keys = list(dict.fromkeys((p, contexts[i]) for i in rows for p in actions[i].parts))
+    if not keys: return rows, np.zeros((0, 2, len(self.genes)))
+    alone = dict(zip(keys, self._sum([Action((p,)) for p, _ in keys], [c for _, c in keys], control)[0]))
+    base = lambda c: known[c] if c in known else np.mean(list(self.control.values()), 0)
+    return rows, np.stack([meet(base(contexts[i]), np.stack([alone[p, contexts[i]] for p in actions[i].parts])) for i in rows])
+
+Floor._sum, Floor._meetings = _sum, _meetings
+
+# %% ../nbs/42_readout.ipynb #c023
+def _learn_meeting(self: Floor, noise):
+    "Weights of the interaction from training pairs, and the mixed model once more on what remains."
+    self.meeting = np.zeros(2)
+    if not self.use_meeting: return
+    rows, terms = self._meetings(self.actions, self.contexts)
+    self.meeting = learn_meeting(terms, (self.truth - self._held_out()[0])[rows])
+    if not rows: return
+    self.expected[rows] += np.einsum("k,nkg->ng", self.meeting, terms)
+    self._solve(self.truth - self.expected, noise)
+
+Floor._learn_meeting = _learn_meeting
+
+# %% ../nbs/42_readout.ipynb #c025
 def _predict(self: Floor,
     actions: list, # P actions
     contexts: list, # P cell types
     control: dict | None = None, # mean control expression of contexts that training did not see
 ) -> tuple[np.ndarray, np.ndarray]: # [P, G] mean and standard deviation
     "Effect of each action and its uncertainty. The empty action gives exactly zero and no doubt."
-    blocks = self._kernels(actions, contexts)
-    cross = sum(w * blocks[n] @ self.blocks[n].T / self.scale[n] for w, n in zip(self.weights, self.blocks))
+    mean, cross, blocks = self._sum(actions, contexts, control)
+    if self.meeting.any():
+        rows, terms = self._meetings(actions, contexts, control)
+        mean[rows] += np.einsum("k,nkg->ng", self.meeting, terms)
     own = sum(w * (blocks[n]**2).sum(1) / self.scale[n] for w, n in zip(self.weights, self.blocks))
     own = own + np.array([sum(strength(p.dose)**2 for p in a.parts if (p.target, p.mode) not in self.targets) for a in actions]) * self.fresh
-    mean = ((cross @ self.alpha) * self.ratios) @ self.basis.T * self.unit
-    mean = mean + self.prior.expect(actions, contexts, control)
     inside = ((cross / np.sqrt(self.noise)) @ self.vectors)**2                # [P, P']
     told = self.ratios**2 * (inside @ (1 / (1 + self.values[:, None] * self.ratios)))
     variance = np.maximum(own[:, None] * self.ratios - told, 0) @ (self.basis**2).T * self.unit**2
@@ -156,7 +193,7 @@ def _predict(self: Floor,
 
 Floor.predict = _predict
 
-# %% ../nbs/42_readout.ipynb #c024
+# %% ../nbs/42_readout.ipynb #c027
 def hold_out_blocks(
     actions: list, # P actions
 ) -> list: # P arrays of row numbers, the row itself first
@@ -183,7 +220,7 @@ def _held_out(self: Floor):
 
 Floor._held_out = _held_out
 
-# %% ../nbs/42_readout.ipynb #c026
+# %% ../nbs/42_readout.ipynb #c029
 def _calibrate(self: Floor, noise):
     "Keep the held-out predictions; learn how doubt grows with distance, and per gene the variance that the posterior misses, for no, one, and several parts."
     self.held_out, variance = self._held_out()
@@ -210,7 +247,7 @@ def _doubt(self: Floor, actions):
 
 Floor._calibrate, Floor.doubt = _calibrate, _doubt
 
-# %% ../nbs/42_readout.ipynb #c036
+# %% ../nbs/42_readout.ipynb #c039
 class Decoder(torch.nn.Module):
     "Expression of gene g from its latent: <w_g, z_g> + b_g."
     def __init__(self, n_genes: int, width: int):
@@ -237,7 +274,7 @@ def fit_decoder(
     out.bias = mean_x - (mean_z * out.weight).sum(-1)
     return out
 
-# %% ../nbs/42_readout.ipynb #c038
+# %% ../nbs/42_readout.ipynb #c041
 @torch.no_grad()
 def fit_decoders(
     model, # a WorldModel of preset 'v0_3'
@@ -254,10 +291,10 @@ def fit_decoders(
         out.append(fit_decoder(z, x))
     return tuple(out)
 
-# %% ../nbs/42_readout.ipynb #c043
+# %% ../nbs/42_readout.ipynb #c046
 def _state(self: Floor) -> tuple[dict, dict]: # arrays, and facts that JSON can hold
     "Everything that `from_state` needs."
-    arrays = {k: np.asarray(getattr(self, k)) for k in ("noise", "scores", "basis", "unit", "weights", "ratios", "values", "vectors", "alpha", "extra")}
+    arrays = {k: np.asarray(getattr(self, k)) for k in ("noise", "scores", "basis", "unit", "weights", "ratios", "values", "vectors", "alpha", "extra", "meeting")} | {f"control.{c}": x for c, x in self.control.items()}
     facts = dict(genes=self.genes, contexts=self.contexts, targets=[list(t) for t in self.targets], scale=self.scale, fresh=self.fresh, slope=self.slope, typical=self.typical,
                  actions=[[[p.target, p.mode, p.dose, None if np.isnan(p.time) else p.time] for p in a.parts] for a in self.actions])
     more, facts["prior"] = self.prior.state()
@@ -267,7 +304,8 @@ def _state(self: Floor) -> tuple[dict, dict]: # arrays, and facts that JSON can 
 def _from_state(cls, arrays, facts, table=None):
     "The floor that `state` described."
     self = cls()
-    self.__dict__.update({k: v for k, v in arrays.items() if not k.startswith("prior.")})
+    self.__dict__.update({k: v for k, v in arrays.items() if not k.startswith(("prior.", "control."))})
+    self.control = {k[8:]: v for k, v in arrays.items() if k.startswith("control.")}
     self.__dict__.update({k: facts[k] for k in ("genes", "contexts", "scale", "fresh", "slope", "typical")}, table=table)
     self.targets = [tuple(t) for t in facts["targets"]]
     self.actions = [Action(tuple(Part(t, m, d, float("nan") if h is None else h) for t, m, d, h in a)) for a in facts["actions"]]
