@@ -481,7 +481,7 @@ def test_max_cells_reads_a_part(tmp_path):
     a = authors(["non-targeting"] * 30 + ["KLF1"] * 20 + ["TBCE"] * 5)
     a.write_h5ad(tmp_path / "x.h5ad")
     few = read("replogle_k562_gwps", tmp_path / "x.h5ad", "figshare", max_cells=6)
-    assert few.obs.perturbation.value_counts().to_dict() == {CONTROL: 6, "KLF1": 6, "TBCE": 5}
+    assert few.obs.perturbation.value_counts().to_dict() == {CONTROL: 30, "KLF1": 6, "TBCE": 5}      # the yardstick is not shortened
     np.testing.assert_array_equal(dense(few.X), a[few.obs_names].X)
     assert list(few.obs_names) != list(read("replogle_k562_gwps", tmp_path / "x.h5ad", "figshare", max_cells=6, seed=1).obs_names)
 
@@ -541,6 +541,10 @@ def test_shell(server, tmp_path, publisher):
     assert out.exit_code == 0, out.output
     check(anndata.read_h5ad(tmp_path / "cells.h5ad"))
     assert "PapalexiSatija2021_eccite_RNA.h5ad" in out.output and "7 cells x 8 genes" in out.output
+    asked = len(server.asked)
+    out = run("get", "papalexi", "--file", str(tmp_path / "PapalexiSatija2021_eccite_RNA.h5ad"), "--prepare", str(tmp_path / "own.h5ad"), "--n-genes", "8")
+    assert out.exit_code == 0 and "7 cells x 8 genes" in out.output and len(server.asked) == asked
+    assert isinstance(run("get", "papalexi", "--file", str(tmp_path / "nowhere.h5ad")).exception, FileNotFoundError)
 
 
 # the real extracts
