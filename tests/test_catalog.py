@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -447,6 +448,22 @@ def test_from_the_publisher_to_the_contract(name, source, publisher, tmp_path):
     if "counts" in cells.layers: np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(truth)[at])
     else: np.testing.assert_array_equal(dense(cells.X), dense(raw.X)[at])               # logged by the publisher, and not logged again
     assert ("counts" in cells.layers) == (pick(name, source).kind == "counts" or "counts" in raw.layers)
+
+
+def test_the_tutorial_writes_the_published_columns(publisher, tmp_path):
+    "The small screen of tutorials/k562 has the columns and kinds of the imitation, and the same map reads it."
+    from biojepa.simulator import simulate
+    page = json.loads((Path(__file__).resolve().parents[1] / "nbs/tutorials/k562.ipynb").read_text(encoding="utf-8"))
+    code = next(s for c in page["cells"] if "def published(" in (s := "".join(c["source"])))
+    names = dict(pd=pd, AnnData=AnnData); exec(code, names)
+    raw = simulate(n_genes=30, n_perturbations=6, cells_per_perturbation=4, n_controls=9, n_batches=3, seed=0)
+    mine, theirs = names["published"](raw), scperturb_replogle(SCREEN, "K562")
+    kinds = lambda frame: {k: v.dtype.kind for k, v in frame.items()}
+    assert kinds(mine.obs) == kinds(theirs.obs) and kinds(mine.var) == kinds(theirs.var)
+    assert (mine.obs.index.name, mine.var.index.name, type(mine.X)) == (theirs.obs.index.name, theirs.var.index.name, type(theirs.X))
+    cells = dataset("replogle_k562_essential", n_genes=30, folder=tmp_path, mirror=publisher("replogle_k562_essential", None, mine), **QUICK)
+    assert list(cells.obs.perturbation) == list(raw.obs.perturbation) and set(cells.obs.batch) == {"1", "2", "3"}
+    np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(raw[:, cells.var_names].X))
 
 
 def test_repeated_symbols_carry_their_identifier():
