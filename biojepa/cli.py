@@ -132,19 +132,24 @@ def fit_all(cells, splits, features, out, settings, seed, progress):
     return models
 
 def predictions(cells, splits, models):
-    "Predictions of `base` for the test perturbations of every split, with the observed effect beside."
+    "Predictions of `base` for the test perturbations of every split at the doses and in the modes of the screen, with the observed effect beside."
     from biojepa.cells import effects
-    rows = []
-    truth = effects(cells)
+    rows, truth = [], effects(cells)
+    truth.obs_names = _row_keys(truth.obs)
     for i, (s, m) in enumerate(zip(splits, models)):
-        p = m.predict(cells, list(s.test))
+        judged = truth.obs[truth.obs.perturbation.isin(s.test)]
+        each = {}
+        for (d, mode), g in judged.groupby(["dose", "mode"], sort=True):
+            each[f"{mode}@{d:g}"] = m.predict(cells, list(dict.fromkeys(g.perturbation)), dose=d, mode=mode)
+            each[f"{mode}@{d:g}"].obs["dose"] = d
+        p = next(iter(each.values())) if len(each) == 1 else anndata.concat(each, index_unique="@", uns_merge="first")
         p.obs["split"], p.obs["fold"] = [s.groups[n] for n in p.obs.perturbation], i
-        key = truth.obs.perturbation + "@" + truth.obs.cell_type
-        p = p[(p.obs.perturbation + "@" + p.obs.cell_type).isin(key).values].copy()
-        where = {k: j for j, k in enumerate(key)}
-        p.layers["observed"] = truth.X[[where[k] for k in p.obs.perturbation + "@" + p.obs.cell_type]]
+        p = p[[k in truth.obs_names for k in _row_keys(p.obs)]].copy()
+        p.layers["observed"] = truth[_row_keys(p.obs)].X
         rows.append(p)
     return anndata.concat(rows, index_unique="-fold" if len(rows) > 1 else None, uns_merge="first")
+
+def _row_keys(obs): return (obs.perturbation.astype(str) + "@" + obs.cell_type.astype(str) + "@" + obs.dose.map("{:g}".format)).to_numpy(str)
 
 # %% ../nbs/80_cli.ipynb #c017
 def write_page(path, card, predicted, facts):

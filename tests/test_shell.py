@@ -103,6 +103,24 @@ def test_prepared_cells_go_straight_into_demo(cells, annotations, tmp_path):
     with pytest.raises(ValueError, match="--drop NOBODY: no such perturbation"): shell("demo", "--data", cells, "--drop", "NOBODY", "--quick", "--out", tmp_path / "x")
 
 
+def test_predictions_stand_beside_what_was_observed_at_their_dose():
+    "Drugs at three doses beside genes, two lines: one row per condition, each with its own observed effect, and a drug is asked about as a drug."
+    from biojepa.cells import effects
+    from biojepa.cli import predictions, real_splits
+    from biojepa.estimator import BioJEPA
+    raw = simulate(n_genes=40, n_perturbations=12, n_drugs=4, cells_per_perturbation=6, cell_types=2, seed=0)
+    cells = prepare(raw, n_genes=40); splits = real_splits(cells, 0)
+    models = [BioJEPA.fit(cells, s, features=simulated_features(raw), device="cpu", progress=False, network=False) for s in splits]
+    p, truth = predictions(cells, splits, models), effects(cells)
+    assert p.n_obs == truth.n_obs and p.obs_names.is_unique and set(p.obs.dose) == {0.1, 1.0, 10.0}
+    for i, row in enumerate(p.obs.itertuples()):
+        same = (truth.obs.perturbation == row.perturbation) & (truth.obs.cell_type == row.cell_type) & (truth.obs.dose == row.dose)
+        assert same.sum() == 1; np.testing.assert_array_equal(p.layers["observed"][i], truth.X[same.to_numpy()][0])
+    drug = (p.obs.perturbation == "DRUG2") & (p.obs.cell_type == "LINE0")
+    model = next(m for m, s in zip(models, splits) if "DRUG2" in s.test)
+    np.testing.assert_allclose(p[(drug & (p.obs.dose == 10)).to_numpy()].X, model.predict(cells, ["DRUG2"], cell_type="LINE0", mode="drug", dose=10).X, atol=1e-6)
+
+
 @pytest.mark.parametrize("words, says", [(["features", "{cells}"], "name a source: --go, --proteins or both"), (["features", "{messy}", "--go", "x"], "run biojepa prepare first"),
                                          (["features", "{cells}", "--go", "{folder}/no.gaf"], "No such file"), (["data", "get", "papalexi", "--file", "{folder}/no.h5ad"], "no file"),
                                          (["prepare", "{messy}", "{folder}/c.h5ad", "--perturbation", "guide", "--control", "NT"], "layer='umi' holds whole numbers")])
