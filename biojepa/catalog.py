@@ -25,7 +25,7 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 # %% ../nbs/14_catalog.ipynb #c004
-from .cells import CONTROL, MODES, check, join_parts, prepare
+from .cells import CONTROL, MODES, BadCells, check, gene_names, join_parts, prepare
 
 # %% ../nbs/14_catalog.ipynb #c007
 class BadDataset(ValueError): "A dataset, source or column that the catalogue does not have; the message names it and what is nearest."
@@ -327,12 +327,9 @@ def _values(raw, rule, what, m):
 # %% ../nbs/14_catalog.ipynb #c037
 def _symbols(raw, column):
     "Gene symbols, each once: a repeated one carries its identifier, as scPerturb does."
-    if column and column not in raw.var: raise BadDataset(f"var has no column {column!r} for gene symbols; it has {list(raw.var.columns)}")
-    symbols = pd.Series(raw.var[column] if column else raw.var_names, index=raw.var_names).astype(str)
-    twice = symbols.duplicated(keep=False).to_numpy()
-    if column: symbols[twice] = [f"{s}_{i}" for s, i in zip(symbols[twice], raw.var_names[twice])]
-    if symbols.duplicated().any(): symbols[:] = anndata.utils.make_index_unique(pd.Index(symbols))
-    return pd.Index(symbols.to_numpy(str))
+    try: symbols = gene_names(raw, column).astype(str)
+    except BadCells as e: raise BadDataset(str(e)) from None
+    return anndata.utils.make_index_unique(symbols) if symbols.has_duplicates else symbols
 
 def _enough(obs):
     "Which cells stay: those of perturbations with two cells in a context with two controls, and why the others go."
@@ -384,13 +381,16 @@ def _few(obs, n, seed):
     return np.sort(order[rank < n])
 
 def read_h5ad(path, s, max_cells=None, seed=0):
-    "Published cells; at most `max_cells` of each perturbation and context."
+    "Published cells: all controls, and at most `max_cells` of each perturbation and context."
     if max_cells is None: return anndata.read_h5ad(path)
     file = anndata.read_h5ad(path, backed="r")
     m = s.map
     if "where" in m: raise BadDataset(f"{s.name}: max_cells cannot be used with this file")
     keys = pd.DataFrame({w: _values(file, m.get(w, "=0"), w, m) for w in ("perturbation", "cell_type")})
-    out = file[_few(keys, max_cells, seed)].to_memory()
+    label = {l: _name(l, m) for l in keys.perturbation.unique()}
+    control = (keys.perturbation.map(label) == CONTROL).to_numpy()
+    rows = np.flatnonzero(~control)[_few(keys[~control], max_cells, seed)]
+    out = file[np.union1d(rows, np.flatnonzero(control))].to_memory()
     file.file.close()
     return out
 
@@ -418,7 +418,7 @@ def read(
     name: str, # of the screen
     paths, # what `get` returned, or your own copy of the file
     source: str | None = None, # name of the source; None: the first
-    max_cells: int | None = None, # of each perturbation and context
+    max_cells: int | None = None, # of each perturbation and context; controls are all kept
     seed: int = 0, # which
 ) -> AnnData: # as `adapt`
     "Published files as cells with the columns of the contract."
@@ -433,7 +433,7 @@ def dataset(
     *,
     n_genes: int = 4096, # as in `prepare`
     select: str = "mean", # as in `prepare`
-    max_cells: int | None = None, # of each perturbation and context
+    max_cells: int | None = None, # of each perturbation and context; controls are all kept
     paths=None, # your own copy; None: download
     **how, # parts, folder, progress, mirror of `get`
 ) -> AnnData: # prepared cells, obs['dataset'] says which

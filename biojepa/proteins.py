@@ -97,20 +97,28 @@ def read_fasta(
     return {k: check_sequence("".join(v), k) for k, v in out.items()}
 
 # %% ../nbs/22_proteins.ipynb #c024
+def _gene_names(path):
+    "Identifier -> gene symbol, where headers hold one: `GN=TP53` (UniProt), `gene_symbol:TP53` (Ensembl)."
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as lines: headers = [l[1:] for l in lines if l.startswith(">")]
+    found = {h.split()[0]: re.search(r"\b(?:GN=|gene_symbol:)([^\s|]+)", h) for h in headers if h.strip()}
+    return {k.split("|")[1] if k.count("|") >= 2 else k: m.group(1) for k, m in found.items() if m}
+
 def read_proteins(
     folder, # a FASTA file; or a folder with one, and with `symbol_to_protein.csv` (columns symbol, protein_id)
-) -> dict: # gene symbol -> sequence; without a table the identifiers are the symbols
-    "The protein of each gene symbol."
+) -> dict: # gene symbol -> sequence
+    "The protein of each gene symbol: by the table, else by gene names in the headers (the longest chain of each gene), else identifiers are taken for symbols."
     folder = Path(folder)
-    if folder.is_file(): return read_fasta(folder)
-    fasta = sorted(f for f in folder.iterdir() if re.search(r"\.(fasta|fa)(\.gz)?$", f.name)) if folder.is_dir() else []
+    fasta = [folder] if folder.is_file() else sorted(f for f in folder.iterdir() if re.search(r"\.(fasta|fa)(\.gz)?$", f.name)) if folder.is_dir() else []
     if len(fasta) != 1: raise BadSequence(f"{folder.name}: one .fasta or .fa file is needed, there are {len(fasta)}")
     sequences, table = read_fasta(fasta[0]), folder / "symbol_to_protein.csv"
-    if not table.exists(): return sequences
+    if not table.exists():
+        names = _gene_names(fasta[0])
+        if not names: return sequences
+        return {names[k]: sequences[k] for k in sorted(names, key=lambda k: (len(sequences[k]), k))}
     pairs = pd.read_csv(table, dtype=str)
     return {s: sequences[p] for s, p in zip(pairs.symbol, pairs.protein_id) if p in sequences}
 
-# %% ../nbs/22_proteins.ipynb #c027
+# %% ../nbs/22_proteins.ipynb #c029
 def sequence_of(
     what: str, # a gene symbol, or amino acids (ten or more letters)
     proteins: dict, # symbol -> sequence
@@ -123,7 +131,7 @@ def sequence_of(
     near = difflib.get_close_matches(what.upper(), proteins, 3, 0.6)
     raise UnknownGene(f"no protein of {what!r} is known" + (f"; near names: {', '.join(near)}" if near else "") + "; a sequence may be given in its place")
 
-# %% ../nbs/22_proteins.ipynb #c030
+# %% ../nbs/22_proteins.ipynb #c032
 PROTEIN_MODELS = ("esm2_t6_8M_UR50D", "esm2_t12_35M_UR50D", "esm2_t30_150M_UR50D", "esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "esm2_t48_15B_UR50D")
 ADDRESS = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
@@ -139,7 +147,7 @@ def _read_checkpoint(model):
         try: return torch.load(model, map_location="cpu", weights_only=True)
         except Exception as e: raise BadCheckpoint(f"{Path(model).name}: cannot be read as plain weights ({type(e).__name__})") from e
 
-# %% ../nbs/22_proteins.ipynb #c031
+# %% ../nbs/22_proteins.ipynb #c033
 def load_esm2(
     model="esm2_t6_8M_UR50D", # one of PROTEIN_MODELS, downloaded once by torch.hub; or the path of a checkpoint in fair-esm's format
     device: str = "cpu",
@@ -160,7 +168,7 @@ def load_esm2(
     net.fingerprint = digest.hexdigest()[:16]
     return net.eval().requires_grad_(False).to(device)
 
-# %% ../nbs/22_proteins.ipynb #c033
+# %% ../nbs/22_proteins.ipynb #c035
 def _tiny_checkpoint(path, layers=2, width=40, seed=0):
     "Random weights in the published form, for examples and tests."
     torch.manual_seed(seed)
@@ -170,7 +178,7 @@ def _tiny_checkpoint(path, layers=2, width=40, seed=0):
     torch.save(dict(cfg=dict(model=cfg), model={"encoder." + prefix(k): v for k, v in net.state_dict().items() if not k.startswith("contact_head.")}), path)
     return net
 
-# %% ../nbs/22_proteins.ipynb #c037
+# %% ../nbs/22_proteins.ipynb #c039
 WINDOW = 1022 # residues; with its two end marks that is the longest chain ESM-2 was trained on
 
 def _jobs(sequences, window, batch):
@@ -201,7 +209,7 @@ def residues(
             if bar is not None: bar.update(len(s))
             if sum(map(len, mine.values())) == len(sequences[n]): yield n, np.concatenate([v for _, v in sorted(parts.pop(n).items())])
 
-# %% ../nbs/22_proteins.ipynb #c041
+# %% ../nbs/22_proteins.ipynb #c043
 def cache_folder(kind: str) -> Path: # kind: 'proteins', 'molecules', ...
     "Where features are kept: under BIOJEPA_CACHE, else ~/.cache/biojepa."
     return Path(os.environ.get("BIOJEPA_CACHE", Path.home() / ".cache" / "biojepa")) / kind
@@ -226,7 +234,7 @@ def cached(
         os.replace(part, place(k))
     return {n: done[k] for n, k in keys.items()}
 
-# %% ../nbs/22_proteins.ipynb #c043
+# %% ../nbs/22_proteins.ipynb #c045
 def embed_proteins(
     sequences: dict, # name -> sequence
     model: ESM2, # of `load_esm2`
@@ -248,7 +256,7 @@ def embed_proteins(
     try: return cached(sequences, recipe, compute, cache_folder("proteins") if cache is True else cache)
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/22_proteins.ipynb #c046
+# %% ../nbs/22_proteins.ipynb #c048
 def protein_features(
     names, # gene symbols or sequences
     proteins: dict, # symbol -> sequence, of `read_proteins`

@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -449,6 +450,22 @@ def test_from_the_publisher_to_the_contract(name, source, publisher, tmp_path):
     assert ("counts" in cells.layers) == (pick(name, source).kind == "counts" or "counts" in raw.layers)
 
 
+def test_the_tutorial_writes_the_published_columns(publisher, tmp_path):
+    "The small screen of tutorials/k562 has the columns and kinds of the imitation, and the same map reads it."
+    from biojepa.simulator import simulate
+    page = json.loads((Path(__file__).resolve().parents[1] / "nbs/tutorials/k562.ipynb").read_text(encoding="utf-8"))
+    code = next(s for c in page["cells"] if "def published(" in (s := "".join(c["source"])))
+    names = dict(pd=pd, AnnData=AnnData); exec(code, names)
+    raw = simulate(n_genes=30, n_perturbations=6, cells_per_perturbation=4, n_controls=9, n_batches=3, seed=0)
+    mine, theirs = names["published"](raw), scperturb_replogle(SCREEN, "K562")
+    kinds = lambda frame: {k: v.dtype.kind for k, v in frame.items()}
+    assert kinds(mine.obs) == kinds(theirs.obs) and kinds(mine.var) == kinds(theirs.var)
+    assert (mine.obs.index.name, mine.var.index.name, type(mine.X)) == (theirs.obs.index.name, theirs.var.index.name, type(theirs.X))
+    cells = dataset("replogle_k562_essential", n_genes=30, folder=tmp_path, mirror=publisher("replogle_k562_essential", None, mine), **QUICK)
+    assert list(cells.obs.perturbation) == list(raw.obs.perturbation) and set(cells.obs.batch) == {"1", "2", "3"}
+    np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(raw[:, cells.var_names].X))
+
+
 def test_repeated_symbols_carry_their_identifier():
     a = adapt(authors(SCREEN), "replogle_rpe1", "figshare")
     assert [g for g in a.var_names if "TBCE" in g] == [f"TBCE_{ENSEMBL[2]}", f"TBCE_{ENSEMBL[-1]}"]
@@ -481,7 +498,7 @@ def test_max_cells_reads_a_part(tmp_path):
     a = authors(["non-targeting"] * 30 + ["KLF1"] * 20 + ["TBCE"] * 5)
     a.write_h5ad(tmp_path / "x.h5ad")
     few = read("replogle_k562_gwps", tmp_path / "x.h5ad", "figshare", max_cells=6)
-    assert few.obs.perturbation.value_counts().to_dict() == {CONTROL: 6, "KLF1": 6, "TBCE": 5}
+    assert few.obs.perturbation.value_counts().to_dict() == {CONTROL: 30, "KLF1": 6, "TBCE": 5}      # the yardstick is not shortened
     np.testing.assert_array_equal(dense(few.X), a[few.obs_names].X)
     assert list(few.obs_names) != list(read("replogle_k562_gwps", tmp_path / "x.h5ad", "figshare", max_cells=6, seed=1).obs_names)
 
@@ -541,6 +558,10 @@ def test_shell(server, tmp_path, publisher):
     assert out.exit_code == 0, out.output
     check(anndata.read_h5ad(tmp_path / "cells.h5ad"))
     assert "PapalexiSatija2021_eccite_RNA.h5ad" in out.output and "7 cells x 8 genes" in out.output
+    asked = len(server.asked)
+    out = run("get", "papalexi", "--file", str(tmp_path / "PapalexiSatija2021_eccite_RNA.h5ad"), "--prepare", str(tmp_path / "own.h5ad"), "--n-genes", "8")
+    assert out.exit_code == 0 and "7 cells x 8 genes" in out.output and len(server.asked) == asked
+    assert isinstance(run("get", "papalexi", "--file", str(tmp_path / "nowhere.h5ad")).exception, FileNotFoundError)
 
 
 # the real extracts

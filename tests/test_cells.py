@@ -11,7 +11,7 @@ from anndata import AnnData
 from hypothesis import assume, given, settings, strategies as st
 from scipy import sparse
 
-from biojepa.cells import CONTROL, KEYS, BadCells, check, conditions, dense, effects, gene_hash, join_parts, parts, prepare
+from biojepa.cells import CONTROL, KEYS, BadCells, check, conditions, dense, effects, gene_hash, gene_names, join_parts, parts, prepare
 from biojepa.simulator import simulate
 from biojepa.sets import SetSampler, visit
 from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
@@ -41,6 +41,39 @@ screens = st.builds(screen, seeds, st.integers(3, 8), st.integers(0, 12), st.int
 def refused(f, error=BadCells):
     with pytest.raises(error) as e: f()
     return str(e.value)
+
+
+# what many files hold: logged values in X, counts in a layer, identifiers for genes
+
+def usual(seed=0):
+    a = screen(seed)
+    a.layers["umi"] = a.X.copy(); a.X = sparse.csr_matrix(np.log1p(a.X.toarray()))
+    a.var["symbol"] = pd.Categorical(a.var_names); a.var_names = [f"ENSG{i:011d}" for i in range(a.n_vars)]
+    return a
+
+
+def test_counts_from_a_layer_under_symbols():
+    a, plain = usual(), prepare(screen(0))
+    assert "; layer='umi' holds whole numbers" in refused(lambda: prepare(a))
+    cells = prepare(a, layer="umi", genes="symbol")
+    assert list(cells.var_names) == list(plain.var_names)
+    np.testing.assert_array_equal(dense(cells.X), dense(plain.X)); np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(plain.layers["counts"]))
+    assert "no layer 'counts'; the file has ['umi']" in refused(lambda: prepare(a, layer="counts"))
+    assert "no column 'gene_name' for gene symbols; it has ['symbol']" in refused(lambda: prepare(a, layer="umi", genes="gene_name"))
+    del a.layers["umi"]; assert "layer=" not in refused(lambda: prepare(a))
+
+
+@pytest.mark.filterwarnings("default:.*are not measured")
+def test_identifiers_for_symbols_are_spotted():
+    with pytest.warns(UserWarning, match="names such as 'ENSG00000000000'.*Give it as genes="): prepare(usual(), layer="umi")
+    a = usual(); a.var_names = [*GENES[:1], *a.var_names[1:]]
+    a.obs.loc[a.obs.perturbation != CONTROL, "perturbation"] = [GENES[0], GENES[9]] * ((a.obs.perturbation != CONTROL).sum() // 2)
+    with pytest.warns(UserWarning, match="1 of 2 perturbed genes are not measured: GENE9$"): prepare(a, layer="umi")
+
+
+def test_repeated_and_missing_symbols_keep_every_row():
+    a = usual(); a.var["symbol"] = ["A", "A", None, *GENES[3:8]]
+    assert list(gene_names(a, "symbol")) == ["A_ENSG00000000000", "A_ENSG00000000001", "ENSG00000000002", *GENES[3:8]]
 
 
 # names

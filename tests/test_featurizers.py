@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from biojepa import proteins as P
-from biojepa.describe import AmbiguousGene, Symbols, align, describe, info_nce, retrieval
+from biojepa.describe import AmbiguousGene, Symbols, align, describe, go_features, info_nce, retrieval
 from biojepa.featurizers import FeatureTable, MissingFeatures
 from biojepa.nucleotides import BadNucleotides, kmer_profile, language_features, load_language
 from biojepa.perturbations import BadAction, actions_of
@@ -138,6 +138,32 @@ def test_genes_without_a_protein_are_named_and_left_out(tiny):
     assert list(frames) == ["ESM-2 1", "ESM-2 2"] and all(list(f.index) == ["TP53"] for f in frames.values())
     assert "TP53" in refused(lambda: P.sequence_of("TP35", {"TP53": "M"}), P.UnknownGene)
     with pytest.warns(MissingFeatures): refused(lambda: P.protein_features(["NO"], {"TP53": "M"}, tiny), P.UnknownGene)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_headers_of_uniprot_and_ensembl_name_their_genes(tmp_path, packed):
+    import gzip
+    text = ">sp|P04637|P53_HUMAN Cellular tumor antigen p53 OS=Homo sapiens OX=9606 GN=TP53 PE=1 SV=4\nMEEPQSD\n>tr|K7PPA8|K7PPA8_HUMAN p53 OS=Homo sapiens OX=9606 GN=TP53 PE=3 SV=1\nMEE\n>sp|Q0|X_HUMAN no gene\nMK\n" \
+           ">ENSP00000249373.3 pep chromosome:GRCh38:7:1 gene:ENSG00000128513.17 transcript:ENST1 gene_symbol:POT1 description:protection\nMSL\n"
+    path = tmp_path / ("h.fasta.gz" if packed else "h.fasta")
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    assert P.read_proteins(path) == P.read_proteins(tmp_path) == {"TP53": "MEEPQSD", "POT1": "MSL"}
+    (tmp_path / "plain.fa").write_text(">TP53\nMEE\n"); assert P.read_proteins(tmp_path / "plain.fa") == {"TP53": "MEE"}
+
+
+def gaf(pairs, qualifier="involved_in"): return "".join(f"UniProtKB\tP0\t{g}\t{qualifier}\tGO:{t:07d}\tPMID:1\tIDA\t\tP\ta name with a ! in it\n" for g, t in pairs)
+
+
+def test_ontology_by_shared_terms(tmp_path):
+    "Equal annotations give equal vectors, in whatever order and however often; what is denied and what is too rare says nothing."
+    rng = np.random.default_rng(0)
+    pairs = [(f"G{i}", t) for i in range(30) for t in range(12) if (t % 3 == i % 3) or rng.random() < .2]
+    twin = [("TWIN", t) for g, t in pairs if g == "G4"]
+    (tmp_path / "a.gaf").write_text("!gaf-version: 2.2\n" + gaf(pairs + twin))
+    a = go_features(tmp_path / "a.gaf", width=6)
+    assert a.shape == (31, 6) and np.array_equal(a.loc["TWIN"], a.loc["G4"]) and not np.allclose(a.loc["G5"], a.loc["G4"], atol=1e-3)
+    (tmp_path / "b.gaf").write_text(gaf([("RARE", 99)]) + gaf(twin + pairs[::-1] + pairs[:9]) + gaf([("G5", t) for t in range(12)], "NOT|involved_in") + gaf([("NEVER", 0)], "not|enables"))
+    pd.testing.assert_frame_equal(go_features(tmp_path / "b.gaf", width=6), a)
 
 
 def test_attention_pool_between_average_and_nearest():

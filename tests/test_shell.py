@@ -1,0 +1,130 @@
+"The command line as a newcomer meets it: a file of one's own to a judged model, and every mistake in one line."
+import subprocess
+import sys
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from typer.testing import CliRunner
+
+from biojepa import proteins as P
+from biojepa.cells import CONTROL, dense, prepare
+from biojepa.cli import app
+from biojepa.featurizers import FeatureTable
+from biojepa.simulator import simulate, simulated_features
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def shell(*words):
+    result = CliRunner().invoke(app, [str(w) for w in words])
+    if result.exception and not isinstance(result.exception, SystemExit): raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def raw(): return simulate(n_genes=48, n_perturbations=20, n_doubles=4, cells_per_perturbation=8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def messy(raw, tmp_path_factory):
+    "Logged X, counts in a layer, identifiers, pairs with an underscore, doses as text, a column of times."
+    a = raw.copy(); path = tmp_path_factory.mktemp("messy") / "messy.h5ad"
+    a.uns, a.layers["umi"] = {}, a.X.copy(); a.X = sparse.csr_matrix(np.log1p(a.X))
+    a.var["gene_name"] = a.var_names; a.var_names = [f"ENSG{i:011d}" for i in range(a.n_vars)]
+    a.obs = pd.DataFrame(dict(guide=a.obs.perturbation.str.replace("+", "_").replace("control", "NT"), lane=a.obs.batch, uM=a.obs.dose.map("{:g}".format), hours=24), index=a.obs_names)
+    a.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def annotations(raw, tmp_path_factory):
+    x = simulated_features(raw); says = (x > x.mean() + x.std()).stack(); path = tmp_path_factory.mktemp("go") / "some.gaf"
+    path.write_text("".join(f"UniProtKB\tP0\t{g}\tinvolved_in\tGO:{t:07d}\tPMID:1\tIDA\n" for g, t in says[says].index))
+    return path
+
+
+def test_own_columns_become_the_contract(raw, messy, tmp_path):
+    out = shell("prepare", messy, tmp_path / "c.h5ad", "--perturbation", "guide", "--control", "NT", "--sep", "_", "--batch", "lane", "--layer", "umi", "--genes", "gene_name",
+                "--dose", "uM", "--time", "hours", "--mode", "CRISPRa", "--n-genes", 48)
+    assert "c.h5ad: " in out
+    cells, plain = anndata.read_h5ad(tmp_path / "c.h5ad"), prepare(raw, n_genes=48)
+    assert list(cells.obs.perturbation) == list(plain.obs.perturbation) and list(cells.var_names) == list(plain.var_names)
+    np.testing.assert_array_equal(dense(cells.X), dense(plain.X))
+    treated = cells.obs[cells.obs.perturbation != CONTROL]
+    assert set(treated.dose) == {1.0} and set(treated.time) == {24.0} and set(treated["mode"]) == {"CRISPRa"} and set(cells.obs.batch) == {"0", "1"}
+    shell("prepare", messy, tmp_path / "d.h5ad", "--perturbation", "guide", "--control", "NT", "--sep", "_", "--layer", "umi", "--genes", "gene_name", "--dose", "2.5", "--time", "48")
+    treated = (lambda o: o[o.perturbation != CONTROL])(anndata.read_h5ad(tmp_path / "d.h5ad").obs)
+    assert set(treated.dose) == {2.5} and set(treated.time) == {48.0}
+
+
+@pytest.fixture(scope="module")
+def cells(raw, tmp_path_factory):
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    prepare(raw, n_genes=40).write_h5ad(path)
+    return path
+
+
+def test_features_fit_score_page_predict(cells, annotations, tmp_path):
+    out = shell("features", cells, "--out", tmp_path / "f", "--go", annotations)
+    assert "20 of 20 targets" in out
+    shell("fit", cells, "--out", tmp_path / "base", "--features", tmp_path / "f", "--steps", 6, "--pretraining-steps", 4, "--no-progress", "--device", "cpu")
+    out = shell("score", cells, tmp_path / "base", "--features", tmp_path / "f", "--out", tmp_path / "s.csv", "--page", tmp_path / "card.html", "--baselines", "all")
+    assert "<html" in (tmp_path / "card.html").read_text() and {"base", "ridge", "forest"} <= set(pd.read_csv(tmp_path / "s.csv").model)
+    shell("score", cells, tmp_path / "base", "--out", tmp_path / "t.csv", "--baselines", "none")
+    assert set(pd.read_csv(tmp_path / "t.csv").model) == {"base"}
+    genes = anndata.read_h5ad(cells).var_names
+    assert "support" in shell("predict", tmp_path / "base", cells, genes[-1], "--out", tmp_path / "p.h5ad")
+
+
+def test_features_of_proteins_under_old_names(cells, tmp_path):
+    "A gene that was renamed since the screen is found by HGNC's table; one without a chain has no row."
+    data = anndata.read_h5ad(cells); targets = sorted({p for n in data.obs.perturbation.unique() if n != CONTROL for p in n.split("+")})
+    P._tiny_checkpoint(tmp_path / "tiny.pt")
+    chains = [f">sp|P{i}|X_HUMAN text OS=Homo sapiens GN={'NEW' if i == 0 else g} PE=1\nM{'ACDEFGHIKL'[i % 10] * 4}KT{'AVLI'[i % 4]}\n" for i, g in enumerate(targets[:-1])]
+    (tmp_path / "h.fasta").write_text("".join(chains)); (tmp_path / "hgnc.txt").write_text(f"symbol\tprev_symbol\talias_symbol\nNEW\t{targets[0]}\t\n")
+    words = ["features", cells, "--proteins", tmp_path / "h.fasta", "--model", tmp_path / "tiny.pt", "--targets-only", "--no-progress"]
+    n = len(targets)
+    assert f"{n - 1} genes x 40; {n - 1} of {n} targets, not {targets[-1]}" in shell(*words, "--out", tmp_path / "a", "--aliases", tmp_path / "hgnc.txt")
+    assert f"{n - 2} of {n} targets, not {targets[0]}, {targets[-1]}" in shell(*words, "--out", tmp_path / "b")
+    a, b = FeatureTable.read(tmp_path / "a"), FeatureTable.read(tmp_path / "b")
+    assert a.missing(targets) == targets[-1:] and a.transform(targets[1:-1])[0].tolist() == b.transform(targets[1:-1])[0].tolist()
+
+
+def test_prepared_cells_go_straight_into_demo(cells, annotations, tmp_path):
+    shell("features", cells, "--out", tmp_path / "f", "--go", annotations)
+    drop = anndata.read_h5ad(cells).obs.perturbation.value_counts().index[-1]
+    out = shell("demo", "--data", cells, "--features", tmp_path / "f", "--quick", "--no-progress", "--out", tmp_path / "demo", "--drop", drop)
+    assert "was prepared already: taken as it is" in out and (tmp_path / "demo/index.html").exists()
+    assert drop not in set(anndata.read_h5ad(tmp_path / "demo/predictions.h5ad").obs.perturbation)
+    with pytest.raises(ValueError, match="--drop NOBODY: no such perturbation"): shell("demo", "--data", cells, "--drop", "NOBODY", "--quick", "--out", tmp_path / "x")
+
+
+def test_predictions_stand_beside_what_was_observed_at_their_dose():
+    "Drugs at three doses beside genes, two lines: one row per condition, each with its own observed effect, and a drug is asked about as a drug."
+    from biojepa.cells import effects
+    from biojepa.cli import predictions, real_splits
+    from biojepa.estimator import BioJEPA
+    raw = simulate(n_genes=40, n_perturbations=12, n_drugs=4, cells_per_perturbation=6, cell_types=2, seed=0)
+    cells = prepare(raw, n_genes=40); splits = real_splits(cells, 0)
+    models = [BioJEPA.fit(cells, s, features=simulated_features(raw), device="cpu", progress=False, network=False) for s in splits]
+    p, truth = predictions(cells, splits, models), effects(cells)
+    assert p.n_obs == truth.n_obs and p.obs_names.is_unique and set(p.obs.dose) == {0.1, 1.0, 10.0}
+    for i, row in enumerate(p.obs.itertuples()):
+        same = (truth.obs.perturbation == row.perturbation) & (truth.obs.cell_type == row.cell_type) & (truth.obs.dose == row.dose)
+        assert same.sum() == 1; np.testing.assert_array_equal(p.layers["observed"][i], truth.X[same.to_numpy()][0])
+    drug = (p.obs.perturbation == "DRUG2") & (p.obs.cell_type == "LINE0")
+    model = next(m for m, s in zip(models, splits) if "DRUG2" in s.test)
+    np.testing.assert_allclose(p[(drug & (p.obs.dose == 10)).to_numpy()].X, model.predict(cells, ["DRUG2"], cell_type="LINE0", mode="drug", dose=10).X, atol=1e-6)
+
+
+@pytest.mark.parametrize("words, says", [(["features", "{cells}"], "name a source: --go, --proteins or both"), (["features", "{messy}", "--go", "x"], "run biojepa prepare first"),
+                                         (["features", "{cells}", "--go", "{folder}/no.gaf"], "No such file"), (["data", "get", "papalexi", "--file", "{folder}/no.h5ad"], "no file"),
+                                         (["prepare", "{messy}", "{folder}/c.h5ad", "--perturbation", "guide", "--control", "NT"], "layer='umi' holds whole numbers")])
+def test_a_mistake_is_one_red_line(words, says, cells, messy, tmp_path):
+    words = [w.format(cells=cells, messy=messy, folder=tmp_path) for w in words]
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", "from biojepa.cli import main; main()", *words], capture_output=True, text=True)
+    assert out.returncode == 2 and says in out.stderr and "Traceback" not in out.stderr and len(out.stderr.strip().splitlines()) == 1, out.stderr
