@@ -30,7 +30,7 @@ from .splits import Split
 from .training import TrainConfig, effect_target, train
 
 # %% ../nbs/43_estimator.ipynb #c007
-SMALL = dict(width=64, heads=4, layers=2, predictor_layers=2) # both presets when they are trained on a CPU
+SMALL = dict(width=64, heads=4, layers=2, predictor_layers=2, pathways=64) # all presets when they are trained on a CPU
 
 class BioJEPA:
     "A fitted world model: a torch module, the floor or the decoders, the features' table, and where it came from."
@@ -45,7 +45,7 @@ class BioJEPA:
 
     @classmethod
     def from_preset(cls,
-        preset: str = "base", # or 'v0_3'
+        preset: str = "base", # or 'v0_3', 'v0_2'
         n_genes: int = 4096, # size of the gene vocabulary
         **overrides, # any field of ModelConfig
     ): # BioJEPA
@@ -79,7 +79,7 @@ def _reference(model, cells):
 def _fit(cls,
     cells: AnnData, # prepared cells (`prepare`), with controls
     split, # a Split; only its training perturbations train, its validation perturbations choose
-    preset: str = "base", # or 'v0_3'
+    preset: str = "base", # or 'v0_3', 'v0_2'
     features=None, # DataFrame, dict of them, file(s) or FeatureTable: one row per target
     seed: int = 0, # of weights, cells, masks
     out=None, # folder for checkpoints and the result; a run that was killed goes on from there
@@ -97,7 +97,7 @@ def _fit(cls,
     if is_signature(cells): return SignatureModel.fit(cells, split, features, seed, out, preset=preset, device=device, progress=progress, network=network, training=training)
     check(cells)
     table, seen = _fit_table(features, split), split.cells(cells, "train")
-    dims = dict(feature_dims=tuple(table.dims.values())) if table is not None and preset != "v0_3" else {}
+    dims = dict(feature_dims=tuple(table.dims.values())) if table is not None and preset == "base" else {}
     config = configure(preset, cells.n_vars, **{**SMALL, **dims, **(model or {})})
     self = cls(build(config, seed), cells.var_names)
     self.split, self.table, self.seed, self.gene_hash = split, table, seed, gene_hash(cells.var_names)
@@ -107,8 +107,8 @@ def _fit(cls,
     settings = dict(preset=preset, seed=seed, network=network, floor=floor, model=asdict(config),
                     pretraining=asdict(PretrainConfig(**(pretraining or {}))), training=asdict(TrainConfig(**(training or {}))))
     run = Run(self, cells, seen, settings, out, device, progress)
-    if floor and preset != "v0_3": self.floor = Floor(**(floor_options or {})).fit(seen, table)
-    if network or preset == "v0_3": run.pretrain(); run.train()
+    if floor and preset == "base": self.floor = Floor(**(floor_options or {})).fit(seen, table)
+    if network or preset != "base": run.pretrain(); run.train()
     else: self.gate = 0.0
     run.finish()
     return self
@@ -139,7 +139,7 @@ class Run:
 # %% ../nbs/43_estimator.ipynb #c017
 def _train(self: Run):
     "The action-conditioned stage, validated on perturbations held out for it."
-    owner, base = self.owner, self.owner.model.config.preset != "v0_3"
+    owner, base = self.owner, self.owner.model.config.preset == "base"
     sampler = SetSampler(self.seen, m=self.training.cells if base else 1, seed=owner.seed)
     actions = encode_actions(actions_of(sampler.groups), owner.genes, owner.table)
     observed = effects(self.seen)
@@ -172,7 +172,7 @@ def _validation(self: Run):
     encoded = encode_actions(actions, owner.genes, owner.table)
     fixed = owner.floor.predict(actions, contexts)[0] if owner.floor else 0.0
     self.held, self.fixed, self.encoded = held, fixed, encoded
-    if owner.model.config.preset == "v0_3": return None
+    if owner.model.config.preset != "base": return None
     return lambda: centred_correlation(fixed + owner.change(self.cells, encoded, contexts), held.X, centre)
 
 def _split_effects(self: Run, part):
@@ -225,14 +225,14 @@ BioJEPA.change = _change
 def _change_v03(self: BioJEPA, cells, actions, cell_types, n=16, chunk=4):
     "Difference of two decoders on two latent spaces, averaged over `n` control cells; and the latent noise taken for an expression variance."
     device, out = next(self.model.parameters()).device, []
-    treated, control = self.decoders
+    (treated, control), per_gene = self.decoders, self.model.per_gene
     states = self._contexts(cells, cell_types, n)
-    latents = {c: self.model.student(x[0].to(device), t[0].to(device)) for c, (x, t) in states.items()}   # [n, G, D]
+    latents = {c: self.model.student(x[0].to(device), t[0].to(device)) for c, (x, t) in states.items()}   # [n, G or pathways, D]
     for i, c in enumerate(cell_types):
         z = latents[c]
         change = self.model(z, actions[[i] * len(z)].to(device))
-        delta = (treated(z + change.mean) - control(z)).mean(0)
-        variance = (treated.weight.pow(2) * change.log_variance.exp().mean(0)).sum(-1)
+        delta = (treated(per_gene(z + change.mean, teacher=True)) - control(per_gene(z))).mean(0)
+        variance = (treated.weight.pow(2) * per_gene(change.log_variance.exp(), teacher=True, variance=True).mean(0)).sum(-1)
         out.append((delta.cpu().numpy(), variance.sqrt().cpu().numpy()))
     return np.stack([d for d, _ in out]), np.stack([s for _, s in out])
 
@@ -243,7 +243,7 @@ def _finish(self: Run):
     "Gate, decoders, calibration; then write."
     owner = self.owner
     owner.model.eval()
-    if owner.model.config.preset == "v0_3": owner.decoders = fit_decoders(owner.model, self.seen)
+    if owner.model.config.preset != "base": owner.decoders = fit_decoders(owner.model, self.seen)
     else: self.choose_gate(); self.calibrate()
     if self.out: owner.save(self.out)
 
@@ -282,7 +282,7 @@ def _moments(self: BioJEPA,
 ) -> tuple[np.ndarray, np.ndarray]: # [P, G] effect and its standard deviation
     "Floor plus gated network; in log1p of counts per 10,000."
     encoded = encode_actions(actions, self.genes, self.table)
-    if self.model.config.preset == "v0_3": return self.change_v03(cells, encoded, cell_types)
+    if self.model.config.preset != "base": return self.change_v03(cells, encoded, cell_types)
     mean, std = np.zeros((len(actions), len(self.genes))), np.full((len(actions), len(self.genes)), self.spread)
     if self.floor: mean, std = self.floor.predict(actions, cell_types, self._control_means(cells, cell_types))
     if self.gate: mean = mean + self.gate * self.change(cells, encoded, cell_types)

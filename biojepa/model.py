@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/35_model.ipynb #c006
 from .encoder import Encoder, EncoderV03
+from .pathways import EncoderV02, PredictorV02
 from .predictor import Change, MaskedPredictor, Predictor, PredictorV03, action_vector
 from .teacher import Teacher
 
@@ -23,14 +24,15 @@ from .teacher import Teacher
 class ModelConfig:
     "Everything that fixes the shape of a model; a run writes it beside its results."
     n_genes: int                  # rows of the identity table: the genes of the prepared cells
-    preset: str = 'base'          # which encoder and predictor: 'base', or 'v0_3' as the seed had it
+    preset: str = 'base'          # which encoder and predictor: 'base', or 'v0_3' and 'v0_2' as the seed had them
     width: int = 64               # D; the seed's 256 costs 16 times as much per token, too much for two cores
     heads: int = 4                # attention heads; the width must divide by them
     layers: int = 2               # encoder blocks: one to hear the other genes, one to hear them in context
     predictor_layers: int = 2     # layers of the change stream: one to hear the action, one to react to what it did elsewhere
     n_summary: int = 4            # summary tokens that carry the cell, base only
     feature_dims: tuple = ()      # numbers per feature source after whitening, base only
-    action_dim: int = 320         # numbers in the action vector, v0_3 only: the width of the smallest ESM-2
+    action_dim: int = 320         # numbers in the action vector, v0_3 and v0_2 only: the width of the smallest ESM-2
+    pathways: int = 1024          # pathway tokens of a cell, v0_2 only: a fifth of the seed's genes
     feature_noise: float = 0.5    # sd of the noise on whitened features in training, base only; against learning targets by heart
     target_drop: float = 0.5      # share of target tokens that go unheard in training, base only; for the same reason
     momentum: float = 0.996       # of the teacher, a slow copy of the student
@@ -39,11 +41,13 @@ class ModelConfig:
         object.__setattr__(self, 'feature_dims', tuple(self.feature_dims))
         if self.preset not in PRESETS: raise ValueError(f"preset {self.preset!r} is not one of {', '.join(PRESETS)}")
         if self.width % self.heads: raise ValueError(f'width {self.width} does not divide by {self.heads} heads')
+        if self.pathways < 1: raise ValueError(f'{self.pathways} pathways: a cell needs at least one token')
 
 # %% ../nbs/35_model.ipynb #c011
-PRESETS = {'base': {}, 'v0_3': dict(width=256, heads=4, layers=6, predictor_layers=6)}
+_SEED = dict(width=256, heads=4, layers=6, predictor_layers=6)
+PRESETS = {'base': {}, 'v0_3': _SEED, 'v0_2': _SEED}
 
-def configure(preset: str = 'base',  # 'base' or 'v0_3'
+def configure(preset: str = 'base',  # 'base', 'v0_3' or 'v0_2'
               n_genes: int = 4096,   # genes of the prepared cells
               **overrides            # any other field of `ModelConfig`
              ) -> ModelConfig:
@@ -72,6 +76,10 @@ class WorldModel(nn.Module):
             self.student = EncoderV03(c.n_genes, c.width, c.heads, c.layers)
             self.predictor = PredictorV03(c.n_genes, c.width, c.heads, c.predictor_layers, c.action_dim)
             self.masked_predictor = None
+        elif c.preset == 'v0_2':
+            self.student = EncoderV02(c.n_genes, c.width, c.heads, c.layers, c.pathways)
+            self.predictor = PredictorV02(c.pathways, c.width, c.heads, c.predictor_layers, c.action_dim)
+            self.masked_predictor = None
         else:
             self.student = Encoder(c.n_genes, c.width, c.heads, c.layers, c.n_summary)
             self.predictor = Predictor(c.n_genes, c.width, c.heads, c.predictor_layers, c.feature_dims, c.feature_noise, c.target_drop)
@@ -96,14 +104,14 @@ def count_parameters(module: nn.Module) -> int:
     "Learned numbers in a module; buffers and a teacher's frozen copies are not learned."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../nbs/35_model.ipynb #c028
+# %% ../nbs/35_model.ipynb #c031
 def _context(self: WorldModel,
              x: Tensor,             # log1p expression of sets of cells [B, M, G]
              log_total: Tensor,     # log1p of their totals [B, M]
              teacher: bool = False, # encode with the teacher instead of the student?
              chunk: int = 256,      # cells that are encoded at once
              genes: Tensor | None = None   # base only: the genes to encode [K]; None: all
-            ) -> Tensor:            # [B, G or K, D]
+            ) -> Tensor:            # [B, G or K, D]; v0_2: [B, pathways, D]
     "Mean over each set of the tokens of its cells."
     encoder = self.teacher if teacher else self.student
     cells, totals = x.flatten(0, 1), log_total.flatten()                          # [B M, G], [B M]
@@ -114,7 +122,7 @@ def _context(self: WorldModel,
 
 WorldModel.context = _context
 
-# %% ../nbs/35_model.ipynb #c032
+# %% ../nbs/35_model.ipynb #c035
 def among(action,        # ActionBatch whose targets are rows among all genes
           genes: Tensor  # the genes that are there, ascending [K]
          ):              # ActionBatch whose targets are rows among those
@@ -123,7 +131,7 @@ def among(action,        # ActionBatch whose targets are rows among all genes
     if ((genes[place] != action.target) & (action.target >= 0)).any(): raise ValueError('the target of an action is not among the genes')
     return replace(action, target=torch.where(action.target >= 0, place, action.target))
 
-# %% ../nbs/35_model.ipynb #c033
+# %% ../nbs/35_model.ipynb #c036
 def _forward(self: WorldModel,
              context: Tensor,      # control states [P, G, D], or [1, G, D] shared by all actions
              action,               # ActionBatch of P actions
@@ -132,7 +140,7 @@ def _forward(self: WorldModel,
              genes: Tensor | None = None   # base only: which genes the context holds, ascending; an action's targets among them
             ) -> Change:
     "The change that each action makes to its control state."
-    if self.config.preset != 'v0_3':
+    if self.config.preset == 'base':
         if genes is None: return self.predictor(context, self.identity, action, latent, generator)
         return self.predictor(context, self.identity[genes], among(action, genes), latent, generator, genes)
     vector = action_vector(action, self.config.action_dim)
@@ -140,3 +148,15 @@ def _forward(self: WorldModel,
     return Change(mean - context, log_variance, None)
 
 WorldModel.forward = _forward
+
+# %% ../nbs/35_model.ipynb #c038
+def _per_gene(self: WorldModel,
+              z: Tensor,               # latents that the model speaks of: of genes, or of pathways [B, G or K, D]
+              teacher: bool = False,   # are they in the teacher's space?
+              variance: bool = False   # are they variances?
+             ) -> Tensor:              # of genes [B, G, D]
+    "Latents of genes."
+    if self.config.preset != 'v0_2': return z
+    return (self.teacher.encoder if teacher else self.student).to_genes(z, variance)
+
+WorldModel.per_gene = _per_gene

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'write_atomic', 'save_checkpoint', 'load_checkpoint', 'pick_precision', 'LoopConfig', 'learning_rate',
-           'Loop', 'PretrainConfig', 'masked_loss_v03', 'masked_loss_base', 'draw_genes', 'pretrain']
+           'Loop', 'PretrainConfig', 'masked_loss_v03', 'masked_loss_v02', 'masked_loss_base', 'draw_genes', 'pretrain']
 
 # %% ../nbs/40_pretraining.ipynb #c003
 import json, math, os, tempfile
@@ -243,6 +243,17 @@ def masked_loss_v03(
     return {"l1": l1_latent(latents[hidden], target[hidden]), "vicreg": vicreg_flat(latents)}
 
 # %% ../nbs/40_pretraining.ipynb #c038
+def masked_loss_v02(
+    model, # a WorldModel of preset 'v0_2'
+    x: torch.Tensor, # [B, G] log1p expression
+    log_total: torch.Tensor, # [B] log library size
+    masked: torch.Tensor, # [B, Km] indices of hidden genes
+) -> dict: # the loss parts
+    "Part of the genes in, the teacher's latents of all pathways out."
+    latents = model.student(x, log_total, torch.zeros_like(x, dtype=torch.bool).scatter_(1, masked, True))   # [B, pathways, D]
+    return {"l1": l1_latent(latents, model.teacher(x, log_total)), "vicreg": vicreg_flat(latents)}
+
+# %% ../nbs/40_pretraining.ipynb #c040
 def masked_loss_base(
     model, # a WorldModel of preset 'base'
     x: torch.Tensor, # [B, G] log1p expression
@@ -259,7 +270,7 @@ def masked_loss_base(
     target = seen.gather(1, masked[..., None].expand_as(predicted))
     return {"l1": l1_latent(predicted, target), "vicreg": vicreg(summary.mean(1))}
 
-# %% ../nbs/40_pretraining.ipynb #c040
+# %% ../nbs/40_pretraining.ipynb #c042
 def draw_genes(
     n_genes: int, # G
     n: int, # how many to draw
@@ -272,7 +283,7 @@ def draw_genes(
     if keep is not None: order[keep[keep >= 0].cpu()] = -1.0
     return order.argsort()[:max(n, int((order < 0).sum()))].sort().values
 
-# %% ../nbs/40_pretraining.ipynb #c044
+# %% ../nbs/40_pretraining.ipynb #c046
 def pretrain(
     model, # a WorldModel; its student, teacher and masked predictor are trained in place
     sampler, # a SetSampler over the cells that training may see
@@ -285,7 +296,7 @@ def pretrain(
     "The action-free stage: hide genes, predict the teacher's latents, let the teacher follow."
     config = config or PretrainConfig()
     device = next(model.parameters()).device
-    base = model.config.preset != "v0_3"
+    base, old_loss = model.config.preset == "base", masked_loss_v02 if model.config.preset == "v0_2" else masked_loss_v03
     for p in model.predictor.parameters(): p.requires_grad_(False)
 
     def step(i):
@@ -294,7 +305,7 @@ def pretrain(
         genes = draw_genes(x.shape[1], config.genes, generator) if base else None
         visible, masked = (t.to(device) for t in random_mask(len(x), x.shape[1] if genes is None else len(genes), config.mask, generator))
         if genes is not None: genes = genes.to(device)
-        parts = masked_loss_base(model, x, log_total, visible, masked, genes) if base else masked_loss_v03(model, x, log_total, masked)
+        parts = masked_loss_base(model, x, log_total, visible, masked, genes) if base else old_loss(model, x, log_total, masked)
         return {"loss": parts["l1"] + config.vicreg_weight * parts["vicreg"], **parts}
 
     def follow(i):

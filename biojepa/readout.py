@@ -277,7 +277,7 @@ def fit_decoder(
 # %% ../nbs/42_readout.ipynb #c041
 @torch.no_grad()
 def fit_decoders(
-    model, # a WorldModel of preset 'v0_3'
+    model, # a WorldModel of preset 'v0_3' or 'v0_2'
     cells: AnnData, # prepared training cells
     n: int = 512, # cells for each decoder
     seed: int = 0, # which ones
@@ -287,7 +287,7 @@ def fit_decoders(
     for encoder, rows in ((model.teacher, ~control), (model.student, control)):
         rows = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(rows))[:n])
         x, total = torch.tensor(dense(cells.X[rows])), torch.tensor(cells.obs.log_total.values[rows].astype(np.float32))
-        z = torch.cat([encoder(a.to(device), b.to(device)).cpu() for a, b in zip(x.split(64), total.split(64))])
+        z = torch.cat([model.per_gene(encoder(a.to(device), b.to(device)), teacher=encoder is model.teacher).cpu() for a, b in zip(x.split(64), total.split(64))])
         out.append(fit_decoder(z, x))
     return tuple(out)
 

@@ -35,13 +35,13 @@ class TrainConfig(LoopConfig):
 
 # %% ../nbs/41_training.ipynb #c010
 def action_loss_v03(
-    model, # a WorldModel of preset 'v0_3'
+    model, # a WorldModel of preset 'v0_3' or 'v0_2'
     batch, # a SetBatch of single cells (M = 1)
     actions, # ActionBatch [B]
 ) -> dict: # loss parts
     "The v0.3 objective: the treated cell's teacher latents, from one control cell and one action vector."
     with torch.no_grad():
-        context = model.context(batch.control, batch.control_total)               # [B, G, D], student
+        context = model.context(batch.control, batch.control_total)               # [B, G, D], student; v0_2: [B, pathways, D]
         target = model.context(batch.treated, batch.treated_total, teacher=True)  # [B, G, D]
     change = model(context, actions)
     predicted = context + change.mean
@@ -125,7 +125,7 @@ def train(
 ) -> pd.DataFrame: # history
     "The action-conditioned stage on the shared loop."
     config = config or TrainConfig()
-    base, device = model.config.preset != "v0_3", next(model.parameters()).device
+    base, device = model.config.preset == "base", next(model.parameters()).device
     if base and target is None: raise ValueError("preset 'base' needs target=effect_target(...)")
     frozen = config.freeze or not base
     for p in model.student.parameters(): p.requires_grad_(not frozen)
