@@ -122,7 +122,8 @@ def test_predictions_stand_beside_what_was_observed_at_their_dose():
 
 
 @pytest.mark.parametrize("words, says", [(["features", "{cells}"], "name a source: --go, --proteins or both"), (["features", "{messy}", "--go", "x"], "run biojepa prepare first"),
-                                         (["features", "{cells}", "--go", "{folder}/no.gaf"], "No such file"), (["data", "get", "papalexi", "--file", "{folder}/no.h5ad"], "no file"),
+                                         (["features", "{cells}", "--go", "{folder}/no.gaf"], "No such file"),
+                                         (["features", "{cells}", "--go", "{cells}"], "is it a GAF file?"), (["features", "{cells}", "--proteins", "{cells}"], "a FASTA file begins with '>'"), (["data", "get", "papalexi", "--file", "{folder}/no.h5ad"], "no file"),
                                          (["prepare", "{messy}", "{folder}/c.h5ad", "--perturbation", "guide", "--control", "NT"], "layer='umi' holds whole numbers")])
 def test_a_mistake_is_one_red_line(words, says, cells, messy, tmp_path):
     words = [w.format(cells=cells, messy=messy, folder=tmp_path) for w in words]
