@@ -28,6 +28,7 @@ def main():
     "Entry point: errors that a user can mend are one line, not a traceback."
     warnings.filterwarnings("ignore", category=UserWarning, module="anndata|scanpy")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"     # a word to the user, not a place in the code
     try: app()
     except (ValueError, KeyError, OSError, AssertionError) as e:
         typer.secho(f"{type(e).__name__}: {e if isinstance(e, OSError) else e.args[0] if e.args else e}", fg="red", err=True)
