@@ -28,6 +28,7 @@ def main():
     "Entry point: errors that a user can mend are one line, not a traceback."
     warnings.filterwarnings("ignore", category=UserWarning, module="anndata|scanpy")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"     # a word to the user, not a place in the code
     try: app()
     except (ValueError, KeyError, OSError, AssertionError) as e:
         typer.secho(f"{type(e).__name__}: {e if isinstance(e, OSError) else e.args[0] if e.args else e}", fg="red", err=True)
@@ -246,7 +247,7 @@ def make_features(
     go: Optional[Path] = typer.Option(None, help="Annotations of the Gene Ontology, such as goa_human.gaf.gz."),
     proteins: Optional[Path] = typer.Option(None, help="Protein sequences with gene names, such as UP000005640_9606.fasta.gz of UniProt."),
     model: str = typer.Option("esm2_t6_8M_UR50D", help="ESM-2 for --proteins: a name, downloaded once, or a file."), targets_only: bool = typer.Option(False, help="Not the genes that nobody perturbed."),
-    aliases: Optional[Path] = typer.Option(None, help="HGNC's complete set, to find renamed genes."), device: str = typer.Option("cpu", help="cpu or cuda, for ESM-2."), progress: bool = typer.Option(True, help="Show bars."),
+    aliases: Optional[Path] = typer.Option(None, help="HGNC's complete set, to find renamed genes."), device: Optional[str] = typer.Option(None, help="cpu, cuda or mps, for ESM-2; the best at hand without it."), progress: bool = typer.Option(True, help="Show bars."),
 ):
     """Features of genes from public files: what `fit` tells an unseen gene by.
 
@@ -266,6 +267,7 @@ def make_features(
 def _sources(names, go, proteins, model, aliases, device, progress):
     "Source -> DataFrame for those of the names that it knows."
     from biojepa.describe import Symbols, UnknownGene, describe, go_features
+    from biojepa.pretraining import pick_device
     from biojepa.proteins import load_esm2, protein_features, read_proteins
     if go is None and proteins is None: raise ValueError("name a source: --go, --proteins or both")
     symbols = Symbols.read(aliases) if aliases else None
@@ -276,7 +278,7 @@ def _sources(names, go, proteins, model, aliases, device, progress):
     if proteins:
         known = read_proteins(proteins)
         both = {g for n in names for g in (n, today(n)) if g in known}
-        found |= protein_features(sorted(both), known, load_esm2(model, device), source="esm2", progress=progress)
+        found |= protein_features(sorted(both), known, load_esm2(model, str(pick_device(device))), source="esm2", progress=progress)
     with warnings.catch_warnings(): warnings.simplefilter("ignore"); return describe(names, found, symbols).sources
 
 # %% ../nbs/80_cli.ipynb #c027

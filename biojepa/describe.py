@@ -123,7 +123,7 @@ def _warn_of(found, knows):
 def _annotations(path):
     "Pairs (gene symbol, term) of a GAF file; what a gene is said NOT to do is left out."
     path, pairs = Path(path), set()
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
         for row in (l.rstrip("\n").split("\t", 5) for l in lines if not l.startswith("!")):
             if len(row) > 4 and row[4].startswith("GO:") and not row[3].upper().startswith("NOT"): pairs.add((row[2], row[4]))
     if not pairs: raise ValueError(f"{path.name}: no row with a gene symbol and a GO term; is it a GAF file?")

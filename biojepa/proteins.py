@@ -83,7 +83,7 @@ def read_fasta(
 ) -> dict: # identifier (the first word of the header) -> sequence
     "Sequences of a FASTA file. Of a UniProt header `sp|P04637|P53_HUMAN` the middle is the identifier. Raises BadSequence."
     path, out, key = Path(path), {}, None
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as lines:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
         for i, line in enumerate(lines, 1):
             if line.startswith(">"):
                 word = (line[1:].split() or [""])[0]
@@ -99,7 +99,7 @@ def read_fasta(
 # %% ../nbs/22_proteins.ipynb #c024
 def _gene_names(path):
     "Identifier -> gene symbol, where headers hold one: `GN=TP53` (UniProt), `gene_symbol:TP53` (Ensembl)."
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as lines: headers = [l[1:] for l in lines if l.startswith(">")]
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines: headers = [l[1:] for l in lines if l.startswith(">")]
     found = {h.split()[0]: re.search(r"\b(?:GN=|gene_symbol:)([^\s|]+)", h) for h in headers if h.strip()}
     return {k.split("|")[1] if k.count("|") >= 2 else k: m.group(1) for k, m in found.items() if m}
 

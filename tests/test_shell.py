@@ -121,8 +121,16 @@ def test_predictions_stand_beside_what_was_observed_at_their_dose():
     np.testing.assert_allclose(p[(drug & (p.obs.dose == 10)).to_numpy()].X, model.predict(cells, ["DRUG2"], cell_type="LINE0", mode="drug", dose=10).X, atol=1e-6)
 
 
+def test_a_warning_is_a_word_and_not_a_place_in_the_code(cells, annotations, tmp_path):
+    shell("features", cells, "--out", tmp_path / "f", "--go", annotations)
+    shell("fit", cells, "--out", tmp_path / "m", "--features", tmp_path / "f", "--steps", 4, "--pretraining-steps", 4, "--no-progress", "--device", "cpu")
+    out = subprocess.run([sys.executable, "-c", "from biojepa.cli import main; main()", "predict", tmp_path / "m", cells, "GATA1", "--out", tmp_path / "p.h5ad"], capture_output=True, text=True)
+    assert out.returncode == 0 and "MissingFeatures: no feature source knows GATA1\n" in out.stderr and ".py" not in out.stderr, out.stderr
+
+
 @pytest.mark.parametrize("words, says", [(["features", "{cells}"], "name a source: --go, --proteins or both"), (["features", "{messy}", "--go", "x"], "run biojepa prepare first"),
-                                         (["features", "{cells}", "--go", "{folder}/no.gaf"], "No such file"), (["data", "get", "papalexi", "--file", "{folder}/no.h5ad"], "no file"),
+                                         (["features", "{cells}", "--go", "{folder}/no.gaf"], "No such file"),
+                                         (["features", "{cells}", "--go", "{cells}"], "is it a GAF file?"), (["features", "{cells}", "--proteins", "{cells}"], "a FASTA file begins with '>'"), (["data", "get", "papalexi", "--file", "{folder}/no.h5ad"], "no file"),
                                          (["prepare", "{messy}", "{folder}/c.h5ad", "--perturbation", "guide", "--control", "NT"], "layer='umi' holds whole numbers")])
 def test_a_mistake_is_one_red_line(words, says, cells, messy, tmp_path):
     words = [w.format(cells=cells, messy=messy, folder=tmp_path) for w in words]
