@@ -41,7 +41,8 @@ def add_mode(
 ) -> str: # the name
     "One more mode, for this process. Raises BadCells for what cannot be one."
     if not isinstance(name, str) or not name.strip() or "+" in name: raise BadCells(f"mode {name!r}: a mode is a word without '+', which joins the modes of a combination")
-    same = [m for m in MODES if m.lower() == name.strip().lower()]
+    name = name.strip()
+    same = [m for m in MODES if m.lower() == name.lower()]
     if same and same[0] != name: raise BadCells(f"mode {name!r} would be mistaken for {same[0]!r}, which is there")
     if not same: MODES.names.append(name)
     return name
