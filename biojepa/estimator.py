@@ -44,7 +44,7 @@ class BioJEPA:
         self.model, self.genes = model, list(genes)
         self.floor = self.table = self.split = self.decoders = None
         self.gate, self.stretch, self.seed = 1.0, 1.0, 0
-        self.modes, self.gene_hash, self.history = {}, None, {}
+        self.modes, self.time, self.gene_hash, self.history = {}, None, None, {}
 
     @classmethod
     def from_preset(cls,
@@ -106,6 +106,7 @@ def _fit(cls,
     self.split, self.table, self.seed, self.gene_hash = split, table, seed, gene_hash(cells.var_names)
     groups = seen.obs[seen.obs.perturbation != CONTROL]
     self.modes = {p: m for n, m in zip(groups.perturbation, groups["mode"]) for p in parts(n)}
+    self.time = float(groups.time.mode().iloc[0]) if groups.time.notna().any() else None
     _reference(self.model, seen)
     settings = dict(preset=preset, seed=seed, network=network, floor=floor, model=asdict(config),
                     pretraining=asdict(PretrainConfig(**(pretraining or {}))), training=asdict(TrainConfig(**(training or {}))))
@@ -307,13 +308,14 @@ def _control_means(self: BioJEPA, cells, cell_types):
 BioJEPA._control_means = _control_means
 
 # %% ../nbs/43_estimator.ipynb #c033
-def _action(self: BioJEPA, name, mode, dose):
-    "An Action for a name; the mode of a target is the one that it had in training, or the commonest one."
+def _action(self: BioJEPA, name, mode, dose, time=None):
+    "An Action for a name; the mode of a target is the one that it had in training, or the commonest one. So is the time."
     common = max(sorted(set(self.modes.values())), key=list(self.modes.values()).count) if self.modes else "CRISPRi"
     if name == CONTROL: return Action(())
     written = [p.strip() for p in name.split("+")]
     given = mode if isinstance(mode, dict) else dict.fromkeys(written, mode)
-    return Action.parse(name, mode=[given.get(p) or self.modes.get(p, common) for p in written], dose=1.0 if dose is None else dose)
+    hours = self.time if time is None else time
+    return Action.parse(name, mode=[given.get(p) or self.modes.get(p, common) for p in written], dose=1.0 if dose is None else dose, time=np.nan if hours is None else hours)
 
 def _support(self: BioJEPA, actions):
     "How near each action is to the training actions, 0 to 1; the worst part counts. A seen target is 1, a mode that training had not is 0."
@@ -343,13 +345,13 @@ def _knowing(self: BioJEPA,
 BioJEPA.knowing = _knowing
 
 # %% ../nbs/43_estimator.ipynb #c037
-def _meant(self: BioJEPA, names, mode, dose, symbols):
+def _meant(self: BioJEPA, names, mode, dose, time, symbols):
     "An Action for each name, by the model's own names of its targets; what is missing of it. Warns of strangers."
     known = known_targets(_targets(names), self.table, self._seen(), symbols, self.genes)
     warn_unknown(known)
     own = known.target.to_dict()
     if isinstance(mode, dict): mode = {own.get(t, t): m for t, m in mode.items()}
-    actions = [self._action("+".join(own.get(p.strip(), p) for p in n.split("+")), mode, dose) for n in names]
+    actions = [self._action("+".join(own.get(p.strip(), p) for p in n.split("+")), mode, dose, time) for n in names]
     strange = sorted({p.mode for a in actions for p in a.parts} - set(self.modes.values()))
     if strange and self.modes: warnings.warn(f"no training action was of mode {', '.join(strange)} (there were {', '.join(sorted(set(self.modes.values())))}): support 0", MissingFeatures, stacklevel=3)
     lack = known.missing.to_dict()
@@ -367,15 +369,16 @@ def _predict(self: BioJEPA,
     cells_out: int = 0, # over 0: return that many treated cells per row instead of one effect
     features=None, # of targets that the model has no features of, see `knowing`
     symbols: Symbols | None = None, # aliases, for names of which nothing is known
+    time: float | None = None, # hours; None: the commonest of training
 ) -> AnnData: # rows (perturbation, context); layers delta, mean, std; obs perturbation, cell_type, support, missing
     "The effect of each perturbation in each context. Warns of what is unknown. Raises BadCells for cells that were prepared differently, naming the difference."
-    if features is not None: return self.knowing(features).predict(cells, names, cell_type, mode, dose, cells_out, None, symbols)
+    if features is not None: return self.knowing(features).predict(cells, names, cell_type, mode, dose, cells_out, None, symbols, time)
     check(cells); self._same_genes(cells)
     names = [names] if isinstance(names, str) else list(names)
     types = [cell_type] if cell_type else sorted(set(cells.obs.cell_type[(cells.obs.perturbation == CONTROL).values]))
     if not types: raise BadCells("no control cells: a prediction starts from control cells; keep them in `cells`")
     obs = pd.DataFrame([dict(perturbation=n, cell_type=c) for c in types for n in names])
-    actions, missing = self._meant(names, mode, dose, symbols)
+    actions, missing = self._meant(names, mode, dose, time, symbols)
     actions = actions * len(types)
     obs["support"], obs["missing"] = self._support(actions), missing * len(types)
     obs.index = obs.perturbation if len(types) == 1 else obs.perturbation + "@" + obs.cell_type
@@ -420,7 +423,7 @@ def _save(self: BioJEPA,
     folder = Path(folder)
     arrays = {f"weights.{k}": v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
     grow_modes(self.model)
-    facts = dict(config=asdict(self.model.config), genes=self.genes, modes=self.modes, mode_names=list(MODES), gate=self.gate, stretch=self.stretch,
+    facts = dict(config=asdict(self.model.config), genes=self.genes, modes=self.modes, time=self.time, mode_names=list(MODES), gate=self.gate, stretch=self.stretch,
                  seed=self.seed, gene_hash=self.gene_hash, split=self.split.to_dict() if self.split else None)
     if self.floor: more, facts["floor"] = self.floor.state(); arrays |= {f"floor.{k}": v for k, v in more.items()}
     if self.table is not None: arrays |= {f"table.{k}": v for k, v in _plain(self.table.state(), facts.setdefault("table", {})).items()}
@@ -455,6 +458,7 @@ def _load(cls,
     self = cls(build(config), facts["genes"])
     self.model.load_state_dict(renumber_modes(self.model, tensors("weights."), mode_names)); self.model.eval()
     for k in ("modes", "gate", "stretch", "seed", "gene_hash"): setattr(self, k, facts[k])
+    self.time = facts.get("time")
     if facts["split"]: self.split = Split.from_dict(facts["split"])
     if "table" in facts: self.table = FeatureTable.from_state(_below(arrays, "table.") | {k: np.array(v) for k, v in facts["table"].items()})
     if "floor" in facts: self.floor = Floor.from_state(_below(arrays, "floor."), facts["floor"], self.table)

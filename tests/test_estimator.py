@@ -237,6 +237,20 @@ def test_cells_of_an_added_mode_train_a_model(screen):
         assert fitted.predict(cells, fold.test[0]).obs.support.iloc[0] > 0
 
 
+def test_hours_are_those_of_training_unless_given(screen, tmp_path):
+    cells, features, fold = screen
+    timed = cells.copy(); timed.obs.loc[timed.obs.perturbation != "control", "time"] = 24.
+    fitted = BioJEPA.fit(timed, fold, features=features, **TINY)
+    with torch.no_grad():
+        for p in fitted.model.predictor.modules():
+            if isinstance(p, ActionTokens): torch.nn.init.normal_(p.time.weight)
+    fitted.gate, name = 1.0, fold.test[0]
+    again = BioJEPA.load(fitted.save(tmp_path))
+    said = {t: again.predict(timed, name, time=t).X for t in (None, 24, 0)}
+    assert fitted.time == 24 and np.array_equal(said[None], said[24]) and not np.allclose(said[24], said[0], atol=1e-7)
+    assert np.allclose(said[24], fitted.moments(timed, [Action.parse(name, time=24)] * 2, ["LINE0", "LINE1"])[0], atol=1e-5)
+
+
 def test_refusals_name_what_is_wrong(model, screen, tmp_path):
     cells, features, fold = screen
     with pytest.raises(BadCells, match="LINE9"): model.predict(cells, [fold.test[0]], cell_type="LINE9")
