@@ -178,6 +178,31 @@ def test_features_of_a_newcomer_are_used_without_training(model, screen, tmp_pat
     with pytest.raises(BadFeatures, match=seen): told.predict(cells, gene, features={s: f.loc[[seen]] + 1 for s, f in as_table(features).sources.items()})
 
 
+@pytest.mark.filterwarnings("ignore:known in part", "ignore:the model was fitted without")
+def test_a_guide_a_drug_and_a_gene_at_once():
+    pytest.importorskip("rdkit", reason="needs the extra `molecules` (RDKit)")
+    from biojepa.molecules import molecule_features
+    from biojepa.nucleotides import kmer_profile
+    raw, rng = simulate(n_genes=40, n_perturbations=24, n_doubles=0, cells_per_perturbation=8, seed=2), np.random.default_rng(0)
+    targets = sorted(set(raw.obs.perturbation) - {"control"})
+    guides, drugs = targets[:12], targets[12:]
+    raw.obs["mode"] = np.where(raw.obs.perturbation.isin(drugs), "drug", "CRISPRi")
+    cells = prepare(raw, n_genes=40, mode="mode")
+    spell = lambda: "".join(rng.choice(list("ACGT"), 20))
+    chain = lambda i: "C" * (i + 1) + "O" + "N" * (i % 3)
+    features = {"guide": kmer_profile({g: spell() for g in guides}, 3), "Morgan": molecule_features({d: chain(i) for i, d in enumerate(drugs)}, progress=False)["Morgan"]}
+    fold = split(cells, "simulation", seed=0)
+    fitted = BioJEPA.fit(cells, fold, features=features, **TINY)
+    more = {"guide": kmer_profile({"guide of LINC01": spell()}, 3), **molecule_features({"my drug": "CCCCON"}, progress=False)}
+    names = ["guide of LINC01", "my drug", f"{fold.train[0]}+guide of LINC01+my drug"]
+    with pytest.warns(MissingFeatures) as caught: out = fitted.predict(cells, names, mode={"my drug": "drug"}, features=more)
+    text = " ".join(str(w.message) for w in caught)
+    assert "without properties" in text and "nothing is known" not in text and "no training action" not in text
+    assert (out.obs.support > 0).all() and out.obs.missing.iloc[0] == "guide of LINC01: Morgan" and np.isfinite(out.X).all()
+    part = fitted.predict(cells, names[2].split("+")[::-1], mode={"my drug": "drug"}, features=more)
+    assert out.obs.support.iloc[2] == pytest.approx(part.obs.support.min(), abs=1e-6)             # the worst part counts
+
+
 def test_a_source_that_lacks_a_target_is_named(screen):
     cells, features, fold = screen
     table = as_table(features).sources
@@ -207,6 +232,7 @@ def test_a_mode_that_training_had_not(model, screen, tmp_path):
     with pytest.raises(BadAction, match="one of CRISPRi, .*add_mode"): model.predict(cells, seen, mode="editing")
     with pytest.warns(MissingFeatures, match="drug"): out = model.predict(cells, [f"{seen}+{gene}", gene], mode={gene: "drug"})
     assert (out.obs.support == 0).all()
+    assert model._action("B+A", {"B": "drug", "A": "CRISPRko"}, None) == Action.parse("B+A", ["drug", "CRISPRko"]) == model._action("A+B", {"B": "drug", "A": "CRISPRko"}, None)
     with modes("editing", "radiation"):
         with pytest.warns(MissingFeatures, match="editing"): new = model.predict(cells, seen, mode="editing", cell_type="LINE0")
         assert new.obs.support.tolist() == [0] and np.isfinite(new.X).all()
