@@ -503,9 +503,10 @@ def _predict(self: SignatureModel,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingFeatures)                      # said already
         base, says = self.base[:, self.ask(asked)[1]], self.parts_say(asked)
-    layers = {}
+    layers, strange = {}, torch.tensor((known.missing == "everything").reindex(obs.perturbation).values)
     for q, name in enumerate(self.questions):
         left = sum(self.weights[name][s] * said[q] for s, said in says.items())
+        left[strange] = 0                                                     # of a stranger: what all share
         layers[name] = _squash(base[q], left, name).numpy()
     obs["support"], obs["missing"] = self.support(asked.perturbation), known.missing.reindex(obs.perturbation).values
     out = AnnData(layers[self.questions[-1]].copy(), obs=obs.rename_axis(None), var=pd.DataFrame(index=self.genes), layers=layers)
