@@ -2,7 +2,7 @@
 __version__ = "0.1.0"
 
 # The names that users type, imported when first used: `biojepa --help` need not wait for torch.
-_API = {"simulate": "simulator", "simulated_features": "simulator", "true_effects": "simulator", "prepare": "cells", "effects": "cells",
+_API = {"simulate": "simulator", "simulated_features": "simulator", "true_effects": "simulator", "prepare": "cells", "effects": "cells", "add_mode": "cells",
         "dataset": "catalog", "datasets": "catalog", "concat": "together", "split": "splits", "folds": "splits", "BioJEPA": "estimator", "scorecard": "evaluation",
         "to_cell_eval": "exchange"}
 __all__ = list(_API)

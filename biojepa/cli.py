@@ -306,13 +306,17 @@ def fit(
 def predict(
     model: Path = typer.Argument(..., help="Folder that `fit` wrote."), cells: Path = typer.Argument(..., help="Prepared cells with controls, h5ad."),
     names: List[str] = typer.Argument(..., help="Perturbations, such as KLF1 or KLF1+MAPK1."), out: Path = typer.Option(Path("predictions.h5ad"), help="Where to."),
+    features: Optional[List[Path]] = typer.Option(None, help="Features of targets that the model has none of, in files called as those of the fit."),
+    symbols: Optional[Path] = typer.Option(None, help="HGNC's complete set, to find targets under their other names."),
 ):
     """Predict perturbations, seen or not.
 
     Example: biojepa predict runs/base cells.h5ad KLF1 KLF1+MAPK1 --out predictions.h5ad
     """
     from biojepa.estimator import BioJEPA
-    answer = BioJEPA.load(model).predict(anndata.read_h5ad(cells), names)
+    from biojepa.describe import Symbols
+    known = Symbols.read(symbols) if symbols else None
+    answer = BioJEPA.load(model).predict(anndata.read_h5ad(cells), names, features=list(features) if features else None, symbols=known)
     answer.write_h5ad(out)
     top = answer.to_df().T.abs()
     for n in answer.obs_names: typer.echo(f"{n} (support {answer.obs.support[n]:.2f}): {', '.join(top[n].nlargest(8).index)}")

@@ -7,6 +7,7 @@ __all__ = ['SMALL', 'BioJEPA', 'Run', 'centred_correlation']
 
 # %% ../nbs/43_estimator.ipynb #c003
 import json, warnings
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 # %% ../nbs/43_estimator.ipynb #c004
-from .cells import CONTROL, MODES, BadCells, check, dense, effects, gene_hash, join_parts, parts
-from .featurizers import FeatureTable, as_table, encode_actions
+from .cells import CONTROL, MODES, BadCells, add_mode, check, dense, effects, gene_hash, join_parts, parts
+from .describe import Symbols, known_targets, more_targets, warn_unknown
+from .featurizers import FeatureTable, MissingFeatures, as_table, encode_actions
 from .model import ModelConfig, build, configure
 from .perturbations import Action, actions_of
+from .predictor import grow_modes, renumber_modes
 from .pretraining import PretrainConfig, pick_device, pretrain, write_atomic
 from .readout import Decoder, Floor, fit_decoders
 from .sets import SetSampler
@@ -41,7 +44,7 @@ class BioJEPA:
         self.model, self.genes = model, list(genes)
         self.floor = self.table = self.split = self.decoders = None
         self.gate, self.stretch, self.seed = 1.0, 1.0, 0
-        self.modes, self.gene_hash, self.history = {}, None, {}
+        self.modes, self.time, self.gene_hash, self.history = {}, None, None, {}
 
     @classmethod
     def from_preset(cls,
@@ -103,9 +106,11 @@ def _fit(cls,
     self.split, self.table, self.seed, self.gene_hash = split, table, seed, gene_hash(cells.var_names)
     groups = seen.obs[seen.obs.perturbation != CONTROL]
     self.modes = {p: m for n, m in zip(groups.perturbation, groups["mode"]) for p in parts(n)}
+    self.time = float(groups.time.mode().iloc[0]) if groups.time.notna().any() else None
     _reference(self.model, seen)
     settings = dict(preset=preset, seed=seed, network=network, floor=floor, model=asdict(config),
                     pretraining=asdict(PretrainConfig(**(pretraining or {}))), training=asdict(TrainConfig(**(training or {}))))
+    if MODES.added: settings["modes"] = list(MODES)
     run = Run(self, cells, seen, settings, out, device, progress)
     if floor and preset == "base": self.floor = Floor(**(floor_options or {})).fit(seen, table)
     if network or preset != "base": run.pretrain(); run.train()
@@ -281,6 +286,7 @@ def _moments(self: BioJEPA,
     cell_types: list, # P contexts
 ) -> tuple[np.ndarray, np.ndarray]: # [P, G] effect and its standard deviation
     "Floor plus gated network; in log1p of counts per 10,000."
+    grow_modes(self.model)
     encoded = encode_actions(actions, self.genes, self.table)
     if self.model.config.preset != "base": return self.change_v03(cells, encoded, cell_types)
     mean, std = np.zeros((len(actions), len(self.genes))), np.full((len(actions), len(self.genes)), self.spread)
@@ -302,42 +308,84 @@ def _control_means(self: BioJEPA, cells, cell_types):
 BioJEPA._control_means = _control_means
 
 # %% ../nbs/43_estimator.ipynb #c033
-def _action(self: BioJEPA, name, mode, dose):
-    "An Action for a name; the mode of a target is the one that it had in training, or the commonest one."
-    common = max(set(self.modes.values()), key=list(self.modes.values()).count) if self.modes else "CRISPRi"
+def _action(self: BioJEPA, name, mode, dose, time=None):
+    "An Action for a name; the mode of a target is the one that it had in training, or the commonest one. So is the time."
+    common = max(sorted(set(self.modes.values())), key=list(self.modes.values()).count) if self.modes else "CRISPRi"
     if name == CONTROL: return Action(())
-    return Action.parse(name, mode=mode or [self.modes.get(p, common) for p in parts(name)], dose=1.0 if dose is None else dose)
+    written = [p.strip() for p in name.split("+")]
+    given = mode if isinstance(mode, dict) else dict.fromkeys(written, mode)
+    hours = self.time if time is None else time
+    return Action.parse(name, mode=[given.get(p) or self.modes.get(p, common) for p in written], dose=1.0 if dose is None else dose, time=np.nan if hours is None else hours)
 
-def _support(self: BioJEPA, names):
-    "How near each action is to the training actions, 0 to 1; the worst part counts. A seen target is 1."
-    seen = set(_targets(self.split.train)) if self.split else set()
-    asked = _targets(names)
+def _support(self: BioJEPA, actions):
+    "How near each action is to the training actions, 0 to 1; the worst part counts. A seen target is 1, a mode that training had not is 0."
+    seen, asked = self._seen(), sorted({t for a in actions for t in a.targets})
     near = self.table.support(sorted(seen), asked) if self.table is not None and asked else np.zeros(len(asked))
     score = {t: 1.0 if t in seen else float(s) for t, s in zip(asked, near)}
-    return [min((score[p] for p in parts(n)), default=1.0) for n in names]
+    had = set(self.modes.values()) or set(MODES)
+    return [min((score[p.target] * (p.mode in had) for p in a.parts), default=1.0) for a in actions]
 
-BioJEPA._action, BioJEPA._support = _action, _support
+def _seen(self: BioJEPA): return set(_targets(self.split.train)) if self.split else set()
 
-# %% ../nbs/43_estimator.ipynb #c034
+BioJEPA._action, BioJEPA._support, BioJEPA._seen = _action, _support, _seen
+
+# %% ../nbs/43_estimator.ipynb #c035
+def _knowing(self: BioJEPA,
+    features, # of other targets, from the sources of the fit and not whitened: anything that `as_table` takes, or a Description
+): # BioJEPA
+    "This model with features of more targets; weights are shared. Sources that it was not fitted with are left out with a warning. Raises BadFeatures."
+    new = copy(self)
+    new.table = more_targets(self.table, features)
+    if self.floor is None or self.floor.table is None: return new
+    new.floor = copy(self.floor)
+    new.floor.table, new.floor.prior = new.table, copy(self.floor.prior)
+    if new.floor.prior.analogy: new.floor.prior.analogy = copy(new.floor.prior.analogy); new.floor.prior.analogy.table = new.table
+    return new
+
+BioJEPA.knowing = _knowing
+
+# %% ../nbs/43_estimator.ipynb #c037
+def _meant(self: BioJEPA, names, mode, dose, time, symbols):
+    "An Action for each name, by the model's own names of its targets; what is missing of it. Warns of strangers."
+    known = known_targets(_targets(names), self.table, self._seen(), symbols, self.genes)
+    warn_unknown(known)
+    own = known.target.to_dict()
+    if isinstance(mode, dict): mode = {own.get(t, t): m for t, m in mode.items()}
+    actions = [self._action("+".join(own.get(p.strip(), p) for p in n.split("+")), mode, dose, time) for n in names]
+    strange = sorted({p.mode for a in actions for p in a.parts} - set(self.modes.values()))
+    if strange and self.modes: warnings.warn(f"no training action was of mode {', '.join(strange)} (there were {', '.join(sorted(set(self.modes.values())))}): support 0", MissingFeatures, stacklevel=3)
+    lack = known.missing.to_dict()
+    return actions, ["; ".join(f"{p}: {lack[p]}" for p in parts(n) if lack[p]) for n in names]
+
+BioJEPA._meant = _meant
+
+# %% ../nbs/43_estimator.ipynb #c038
 def _predict(self: BioJEPA,
     cells: AnnData, # prepared cells that hold control cells of the context
     names: list, # perturbations, such as 'GENE7' or 'GENE7+GENE9'; any order, seen or not
     cell_type: str | None = None, # one context; None: every cell type of the control cells
-    mode: str | None = None, # for targets that training did not see; None: the commonest of training
+    mode: str | dict | None = None, # of all targets, or target -> mode; None: as in training, the commonest for others
     dose: float | None = None, # None: 1
     cells_out: int = 0, # over 0: return that many treated cells per row instead of one effect
-) -> AnnData: # rows (perturbation, context); layers delta, mean, std; obs perturbation, cell_type, support
-    "The effect of each perturbation in each context. Raises BadCells for cells that were prepared differently, naming the difference."
+    features=None, # of targets that the model has no features of, see `knowing`
+    symbols: Symbols | None = None, # aliases, for names of which nothing is known
+    time: float | None = None, # hours; None: the commonest of training
+) -> AnnData: # rows (perturbation, context); layers delta, mean, std; obs perturbation, cell_type, support, missing
+    "The effect of each perturbation in each context. Warns of what is unknown. Raises BadCells for cells that were prepared differently, naming the difference."
+    if features is not None: return self.knowing(features).predict(cells, names, cell_type, mode, dose, cells_out, None, symbols, time)
     check(cells); self._same_genes(cells)
     names = [names] if isinstance(names, str) else list(names)
     types = [cell_type] if cell_type else sorted(set(cells.obs.cell_type[(cells.obs.perturbation == CONTROL).values]))
     if not types: raise BadCells("no control cells: a prediction starts from control cells; keep them in `cells`")
     obs = pd.DataFrame([dict(perturbation=n, cell_type=c) for c in types for n in names])
-    actions = [self._action(n, mode, dose) for n in obs.perturbation]
-    obs["support"] = self._support(obs.perturbation)
+    actions, missing = self._meant(names, mode, dose, time, symbols)
+    actions = actions * len(types)
+    obs["support"], obs["missing"] = self._support(actions), missing * len(types)
     obs.index = obs.perturbation if len(types) == 1 else obs.perturbation + "@" + obs.cell_type
     obs.index.name = None
-    delta, std = self.moments(cells, actions, list(obs.cell_type))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissingFeatures)                      # said already
+        delta, std = self.moments(cells, actions, list(obs.cell_type))
     control = self._control_means(cells, types)
     mean = np.stack([control[c] for c in obs.cell_type]) + delta
     layers = {k: np.asarray(v, dtype=np.float32) for k, v in dict(delta=delta, mean=mean, std=std).items()}
@@ -347,7 +395,7 @@ def _predict(self: BioJEPA,
 
 BioJEPA.predict = _predict
 
-# %% ../nbs/43_estimator.ipynb #c035
+# %% ../nbs/43_estimator.ipynb #c039
 def _same_genes(self: BioJEPA, cells):
     "Refuse cells whose genes are not the model's, in its order."
     mine, theirs = self.genes, list(cells.var_names)
@@ -367,14 +415,15 @@ def _as_cells(self: BioJEPA, cells, rows, n):
 
 BioJEPA._same_genes, BioJEPA._as_cells = _same_genes, _as_cells
 
-# %% ../nbs/43_estimator.ipynb #c037
+# %% ../nbs/43_estimator.ipynb #c041
 def _save(self: BioJEPA,
     folder: str | Path, # created when it is not there
 ) -> Path: # the folder
     "Write `model.safetensors` and `model.json`, each atomically."
     folder = Path(folder)
     arrays = {f"weights.{k}": v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
-    facts = dict(config=asdict(self.model.config), genes=self.genes, modes=self.modes, gate=self.gate, stretch=self.stretch,
+    grow_modes(self.model)
+    facts = dict(config=asdict(self.model.config), genes=self.genes, modes=self.modes, time=self.time, mode_names=list(MODES), gate=self.gate, stretch=self.stretch,
                  seed=self.seed, gene_hash=self.gene_hash, split=self.split.to_dict() if self.split else None)
     if self.floor: more, facts["floor"] = self.floor.state(); arrays |= {f"floor.{k}": v for k, v in more.items()}
     if self.table is not None: arrays |= {f"table.{k}": v for k, v in _plain(self.table.state(), facts.setdefault("table", {})).items()}
@@ -386,7 +435,7 @@ def _save(self: BioJEPA,
 
 BioJEPA.save = _save
 
-# %% ../nbs/43_estimator.ipynb #c038
+# %% ../nbs/43_estimator.ipynb #c042
 def _plain(state, facts):
     "Text arrays go to the JSON side: safetensors holds numbers only."
     facts |= {k: np.asarray(v).tolist() for k, v in state.items() if np.asarray(v).dtype.kind in "UO"}
@@ -402,12 +451,14 @@ def _load(cls,
     if not (folder/"model.json").exists(): raise FileNotFoundError(f"no model in {folder}: model.json is missing; `save` or `fit(out=...)` writes it")
     facts = json.loads((folder/"model.json").read_text())
     if facts.get("kind") == "signature": return SignatureModel.load(folder)
+    mode_names = [add_mode(m) for m in facts.get("mode_names", MODES[:MODES.fixed])]
     with safe_open(folder/"model.safetensors", framework="np") as f: arrays = {k: f.get_tensor(k) for k in f.keys()}
     tensors = lambda prefix: {k: torch.tensor(v) for k, v in _below(arrays, prefix).items()}
     config = ModelConfig(**facts["config"] | {"feature_dims": tuple(facts["config"]["feature_dims"])})
     self = cls(build(config), facts["genes"])
-    self.model.load_state_dict(tensors("weights.")); self.model.eval()
+    self.model.load_state_dict(renumber_modes(self.model, tensors("weights."), mode_names)); self.model.eval()
     for k in ("modes", "gate", "stretch", "seed", "gene_hash"): setattr(self, k, facts[k])
+    self.time = facts.get("time")
     if facts["split"]: self.split = Split.from_dict(facts["split"])
     if "table" in facts: self.table = FeatureTable.from_state(_below(arrays, "table.") | {k: np.array(v) for k, v in facts["table"].items()})
     if "floor" in facts: self.floor = Floor.from_state(_below(arrays, "floor."), facts["floor"], self.table)

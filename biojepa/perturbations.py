@@ -37,7 +37,7 @@ class Part:
         if not isinstance(self.target, str) or not self.target.strip(): return 'a target needs a name'
         if self.target == CONTROL: return 'not a target; no perturbation is the empty action, Action()'
         if '+' in self.target: return "'+' joins the parts of a combination: use Action.parse, or rename the target"
-        if self.mode not in MODES or self.mode == CONTROL: return f'unknown mode {self.mode!r}; one of {", ".join(MODES[1:])}'
+        if self.mode not in MODES or self.mode == CONTROL: return f'unknown mode {self.mode!r}; one of {", ".join(MODES[1:])}; `biojepa.add_mode` adds one'
         if not 0 <= self.dose < math.inf: return f'dose {self.dose} is not a number from 0 up'
         if self.time < 0 or self.time == math.inf: return f'time {self.time} is not a number of hours'
 

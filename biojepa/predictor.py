@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BlockV03', 'PredictorV03', 'strength', 'ActionTokens', 'PartAttention', 'Spread', 'Gate', 'ChangeBlock', 'Change',
-           'Predictor', 'action_vector', 'MaskedPredictor']
+           'Predictor', 'action_vector', 'MaskedPredictor', 'grow_modes', 'renumber_modes']
 
 # %% ../nbs/34_predictor.ipynb #c006
 import math
@@ -78,6 +78,11 @@ class ActionTokens(nn.Module):
         self.mode, self.gate = nn.Embedding(len(MODES), width), nn.Embedding(len(MODES), width)
         self.time, self.target = _linear(1, width), _linear(width, width)
         nn.init.zeros_(self.gate.weight)
+
+    def grow(self):   # a row for each mode that was added since; it scales nothing and says nothing until it is trained
+        for e in (self.mode, self.gate):
+            e.weight = nn.Parameter(F.pad(e.weight.data, (0, 0, 0, max(len(MODES) - len(e.weight), 0))))
+            e.num_embeddings = len(e.weight)
 
     def blur(self, features, heard, generator):   # [P, A, F], [P, A] -> the same, noisier
         noise, chance = (torch.empty(x.shape, device=generator.device) for x in (features, heard))
@@ -236,3 +241,22 @@ class MaskedPredictor(nn.Module):
             x = x + cross(norm1(x), context=known)
             x = x + mlp(norm2(x))
         return self.out(self.norm(x))
+
+# %% ../nbs/34_predictor.ipynb #c090
+def grow_modes(model: nn.Module):
+    "Room for every mode of today in a model that may be older."
+    for m in model.modules():
+        if isinstance(m, ActionTokens) and len(m.mode.weight) < len(MODES): m.grow()
+
+def renumber_modes(model: nn.Module, # built with the modes of today
+                   state: dict,      # weights of a file, name -> tensor
+                   saved             # modes in the order of that file
+                  ) -> dict:
+    "The weights with their modes in the order of today; modes that the file does not know get empty rows."
+    out = dict(state)
+    for name, m in model.named_modules():
+        for key in (f'{name}.mode.weight', f'{name}.gate.weight') if isinstance(m, ActionTokens) else ():
+            key = key.removeprefix('.')
+            out[key] = torch.zeros(len(MODES), state[key].shape[1])
+            out[key][[MODES.index(s) for s in saved]] = state[key].float()
+    return out

@@ -8,7 +8,8 @@ __all__ = ['is_signature', 'value_signatures', 'check_signature', 'base_rates', 
            'SignatureModel', 'paired_auroc']
 
 # %% ../nbs/36_signature_model.ipynb #c003
-import json
+import json, warnings
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from scipy.optimize import nnls
 from torch import nn
 
 # %% ../nbs/36_signature_model.ipynb #c004
-from .cells import MODES, SCHEMA, gene_hash
-from .featurizers import FeatureTable, as_table, encode_actions
+from .cells import MODES, SCHEMA, add_mode, gene_hash
+from .describe import Symbols, known_targets, more_targets, warn_unknown
+from .featurizers import FeatureTable, MissingFeatures, as_table, encode_actions
 from .perturbations import Action
-from .predictor import ActionTokens, Gate, PartAttention
+from .predictor import ActionTokens, Gate, PartAttention, grow_modes, renumber_modes
 from .pretraining import Loop, LoopConfig, pick_device, write_atomic
 from .signatures import LABELS, QUESTIONS, BadSignatures, gene_auroc, label_pairs
 from .splits import Split
@@ -320,6 +322,7 @@ def _view_says(self: SignatureModel, view, obs):
 def _network_says(self: SignatureModel, obs, chunk=32):
     "What the network adds, [Q, R, G]; zero for genes that it was not taught."
     (actions, line), table = self.ask(obs), self.white
+    grow_modes(self.network)
     device, known = next(self.network.parameters()).device, torch.tensor(table.transform(self.genes)[0])
     encoded, out = encode_actions(actions, self.genes, table), torch.zeros(len(self.questions), len(obs), len(self.genes))
     self.network.eval()
@@ -464,31 +467,56 @@ def _parts_say(self: SignatureModel, obs): # name -> [Q, R, G]
     if self.network is not None: out["network"] = self.network_says(obs)
     return out
 
+SignatureModel.parts_say = _parts_say
+
+# %% ../nbs/36_signature_model.ipynb #c049
+def _knowing(self: SignatureModel,
+    features, # of other perturbations, from the sources of the fit and not whitened: anything that `as_table` takes, or a Description
+): # SignatureModel
+    "This model with features of more perturbations; weights are shared. Raises BadFeatures."
+    new = copy(self); new.table = more_targets(self.table, features)
+    return new
+
+SignatureModel.knowing = _knowing
+
+# %% ../nbs/36_signature_model.ipynb #c050
 def _predict(self: SignatureModel,
     data: AnnData | None, # signatures with the model's genes, or None
     names=None, # perturbations, seen or not; None: those of data, row by row
     cell_type: str | None = None, # one line; None: every line of the model
     mode: str | None = None, # for targets that training did not see; None: the commonest of training
-) -> AnnData: # rows (perturbation, line); labels: layers change (probability) and direction (-1 to 1); values: layer value
-    "What each perturbation does to each gene in each line. Raises BadSignatures for other data or an unknown line."
+    features=None, # of perturbations that the model has no features of, see `knowing`
+    symbols: Symbols | None = None, # aliases, for names of which nothing is known
+) -> AnnData: # rows (perturbation, line), obs support and missing; labels: layers change (probability) and direction (-1 to 1); values: layer value
+    "What each perturbation does to each gene in each line. Warns of what is unknown. Raises BadSignatures for other data or an unknown line."
+    if features is not None: return self.knowing(features).predict(data, names, cell_type, mode, None, symbols)
     if data is not None: check_signature(data); self._same_genes(data)
     common = mode or max(set(self.modes.values()), key=list(self.modes.values()).count)
     names = [names] if isinstance(names, str) else names
     pairs = list(zip(data.obs.perturbation, data.obs.cell_type)) if names is None else [(n, c) for c in ([cell_type] if cell_type else self.lines) for n in names]
     obs = pd.DataFrame(pairs, columns=["perturbation", "cell_type"])
-    obs["mode"] = [self.modes.get(n, common) for n in obs.perturbation]
+    known = known_targets(obs.perturbation.unique(), self.table, set(self.split.train), symbols)
+    warn_unknown(known)
+    asked = obs.assign(perturbation=known.target.reindex(obs.perturbation).values)
+    asked["mode"] = obs["mode"] = [self.modes.get(n, common) for n in asked.perturbation]
     obs.index = obs.perturbation + "@" + obs.cell_type
-    base, says = self.base[:, self.ask(obs)[1]], self.parts_say(obs)
-    layers = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissingFeatures)                      # said already
+        base, says = self.base[:, self.ask(asked)[1]], self.parts_say(asked)
+    layers, strange = {}, torch.tensor((known.missing == "everything").reindex(obs.perturbation).values)
     for q, name in enumerate(self.questions):
         left = sum(self.weights[name][s] * said[q] for s, said in says.items())
+        left[strange] = 0                                                     # of a stranger: what all share
         layers[name] = _squash(base[q], left, name).numpy()
-    obs["support"] = self.support(obs.perturbation)
+    obs["support"], obs["missing"] = self.support(asked.perturbation), known.missing.reindex(obs.perturbation).values
     out = AnnData(layers[self.questions[-1]].copy(), obs=obs.rename_axis(None), var=pd.DataFrame(index=self.genes), layers=layers)
     units = dict(change="probability", direction="expected label, -1 to 1", value="as in training")
     out.uns["biojepa"] = dict(kind="prediction", of="signature", units="; ".join(f"{q}: {units[q]}" for q in self.questions), genes_hash=gene_hash(out.var_names))
     return out
 
+SignatureModel.predict = _predict
+
+# %% ../nbs/36_signature_model.ipynb #c051
 def _squash(base, left, name):
     "Base plus what is left, bent so that it stays in range; the order within a gene is kept."
     if name == "value": return base + left
@@ -496,9 +524,7 @@ def _squash(base, left, name):
     b = base.clamp(-0.95, 0.95)
     return torch.tanh(torch.atanh(b) + left / (1 - b**2))
 
-SignatureModel.parts_say, SignatureModel.predict = _parts_say, _predict
-
-# %% ../nbs/36_signature_model.ipynb #c049
+# %% ../nbs/36_signature_model.ipynb #c052
 def _support(self: SignatureModel, names):
     "How near each perturbation is to the training perturbations, 0 to 1; a seen one is 1."
     seen = set(self.split.train)
@@ -511,13 +537,14 @@ def _same_genes(self: SignatureModel, data):
 
 SignatureModel.support, SignatureModel._same_genes = _support, _same_genes
 
-# %% ../nbs/36_signature_model.ipynb #c050
+# %% ../nbs/36_signature_model.ipynb #c053
 def _save(self: SignatureModel,
     folder: str | Path, # created when it is not there
 ) -> Path: # the folder
     "Write `model.safetensors` and `model.json`, each atomically."
     folder, views = Path(folder), list(self.views)
-    facts = dict(kind="signature", genes=self.genes, lines=self.lines, target=self.target, seed=self.seed, modes=self.modes, weights=self.weights, split=self.split.to_dict(),
+    if self.network is not None: grow_modes(self.network)
+    facts = dict(kind="signature", mode_names=list(MODES), genes=self.genes, lines=self.lines, target=self.target, seed=self.seed, modes=self.modes, weights=self.weights, split=self.split.to_dict(),
                  views={s: dict(weights=v.weights, config=asdict(v.config)) for s, v in self.views.items()}, table={})
     arrays = {f"view{i}.{k}": x.numpy() for i, s in enumerate(views) for k, x in self.views[s].state.items()} | dict(base=self.base.numpy(), kept=self.kept.numpy())
     for k, v in self.table.state().items():
@@ -533,7 +560,7 @@ def _save(self: SignatureModel,
 
 SignatureModel.save = _save
 
-# %% ../nbs/36_signature_model.ipynb #c051
+# %% ../nbs/36_signature_model.ipynb #c054
 def _load(cls,
     folder: str | Path, # a folder that `save` or `fit(out=...)` wrote
 ): # SignatureModel
@@ -543,6 +570,7 @@ def _load(cls,
     with safe_open(Path(folder) / "model.safetensors", framework="np") as f: arrays = {k: f.get_tensor(k) for k in f.keys()}
     below = lambda prefix: {k[len(prefix):]: v for k, v in arrays.items() if k.startswith(prefix)}
     tensors = lambda prefix: {k: torch.tensor(v) for k, v in below(prefix).items()}
+    mode_names = [add_mode(m) for m in facts.get("mode_names", MODES[:MODES.fixed])]
     self = cls(facts["genes"], facts["lines"], facts["target"])
     self.base, self.kept = torch.tensor(arrays["base"]), torch.tensor(arrays["kept"])
     self.seed, self.modes, self.weights, self.split = facts["seed"], facts["modes"], facts["weights"], Split.from_dict(facts["split"])
@@ -552,12 +580,12 @@ def _load(cls,
         self.views[s].state = tensors(f"view{i}.")
     if "network" in facts:
         self.network = SignatureNetwork(SignatureConfig(**facts["network"]), len(self.genes), len(self.lines), len(self.questions), tuple(self.white.dims.values()))
-        self.network.load_state_dict(tensors("network.")); self.network.eval()
+        self.network.load_state_dict(renumber_modes(self.network, tensors("network."), mode_names)); self.network.eval()
     return self
 
 SignatureModel.load = classmethod(_load)
 
-# %% ../nbs/36_signature_model.ipynb #c054
+# %% ../nbs/36_signature_model.ipynb #c059
 def paired_auroc(
     score: np.ndarray, # [P, G] of the model
     other: np.ndarray, # [P, G] of a baseline

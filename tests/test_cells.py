@@ -11,7 +11,8 @@ from anndata import AnnData
 from hypothesis import assume, given, settings, strategies as st
 from scipy import sparse
 
-from biojepa.cells import CONTROL, KEYS, BadCells, check, conditions, dense, effects, gene_hash, gene_names, join_parts, parts, prepare
+import biojepa as bj
+from biojepa.cells import CONTROL, KEYS, MODES, BadCells, add_mode, check, conditions, dense, effects, gene_hash, gene_names, join_parts, parts, prepare
 from biojepa.simulator import simulate
 from biojepa.sets import SetSampler, visit
 from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
@@ -207,6 +208,17 @@ def test_more_refusals():
     assert "neither" in refused(lambda: prepare(low, kind="tpm")) and "neither" in refused(lambda: prepare(low, select="random"))
     assert "at least one" in refused(lambda: prepare(low, n_genes=0)) and "CRISPRko" in refused(lambda: prepare(low, mode="knock-out"))
     assert "X is empty" in refused(lambda: prepare(AnnData(obs=low.obs, var=low.var)))
+
+
+def test_modes_grow_and_keep_their_order():
+    before = list(MODES)
+    try:
+        assert add_mode(" editing ") == "editing" == add_mode("editing") and list(MODES) == [*before, "editing"] and MODES.added[-1:] == ("editing",)
+        assert [MODES.index(m) for m in before] == list(range(len(before))) and bj.add_mode is add_mode
+        for bad in ("Editing", "drug+editing", "", None):
+            with pytest.raises(BadCells, match="mode"): add_mode(bad)
+        assert len(MODES) == len(before) + 1
+    finally: MODES.names[:] = before
 
 
 def test_a_mode_for_each_cell_and_what_is_carried_along():

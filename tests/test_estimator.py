@@ -1,5 +1,7 @@
 "Training, floor and estimator: laws of the exported modules on small simulated screens."
 import copy
+import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -7,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biojepa.cells import BadCells, effects, prepare
+from biojepa.cells import MODES, BadCells, add_mode, effects, prepare
 from biojepa.cli import budget, real_splits
 from biojepa.estimator import BioJEPA, centred_correlation
-from biojepa.featurizers import encode_actions
+from biojepa.describe import Symbols
+from biojepa.featurizers import BadFeatures, MissingFeatures, as_table, encode_actions
 from biojepa.model import among, build, configure
-from biojepa.perturbations import Action, actions_of
+from biojepa.perturbations import Action, BadAction, actions_of
+from biojepa.predictor import ActionTokens
 from biojepa.pretraining import LoopConfig, draw_genes, learning_rate, pick_precision
 from biojepa.priors import LinearResponse
 from biojepa.readout import Floor, hold_out_blocks
@@ -129,6 +133,148 @@ def test_the_support_is_one_for_seen_targets_and_less_for_others(model, screen):
     seen, unseen = fold.train[0], next(n for n in fold.test if fold.groups[n] == "unseen_gene")
     out = model.predict(cells, [seen, unseen], cell_type="LINE0").obs.support
     assert out.iloc[0] == 1 and 0 <= out.iloc[1] < 1
+
+
+@contextmanager
+def modes(*names):
+    "Added modes, taken away again for the other tests."
+    before = list(MODES)
+    try:
+        for n in names: add_mode(n)
+        yield
+    finally: MODES.names[:] = before
+
+
+def rows_of(features, name, alias): return {s: f.loc[[name]].set_axis([alias]) for s, f in as_table(features).sources.items()}
+
+
+def test_a_stranger_is_named_and_has_no_support(model, screen):
+    cells, _, fold = screen
+    seen = fold.train[0].split("+")[0]
+    with pytest.warns(MissingFeatures, match="LINC01") as caught: out = model.predict(cells, ["LINC01", f"{seen}+LINC01", seen, "control"], cell_type="LINE0").obs
+    assert len(caught) == 1 and out.support.tolist() == [0, 0, 1, 1] and out.missing.tolist() == ["LINC01: everything"] * 2 + ["", ""]
+    bare = BioJEPA.fit(cells, fold, network=False, **TINY)                    # a model without features is no reason to be silent
+    gene = next(n for n in fold.test if fold.groups[n] == "unseen_gene")
+    with pytest.warns(MissingFeatures, match=gene): assert bare.predict(cells, gene, cell_type="LINE0").obs.support.tolist() == [0]
+    with pytest.warns(MissingFeatures, match="fitted without"), pytest.warns(MissingFeatures, match="LINC01"):
+        assert bare.predict(cells, "LINC01", features=rows_of(screen[1], gene, "LINC01")).obs.support.max() == 0
+
+
+def test_features_of_a_newcomer_are_used_without_training(model, screen, tmp_path):
+    cells, features, fold = screen
+    gene, seen = next(n for n in fold.test if fold.groups[n] == "unseen_gene"), fold.train[0].split("+")[0]
+    told = BioJEPA.fit(cells, fold, features={s: f.drop(index=gene) for s, f in as_table(features).sources.items()}, seed=0, **TINY)
+    before = {k: v.clone() for k, v in told.model.state_dict().items()}
+    given = {s: f.loc[[gene]] for s, f in as_table(features).sources.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); out = told.predict(cells, [gene, f"{gene}+{seen}"], cell_type="LINE0", features=given)
+    known = model.predict(cells, [gene, f"{gene}+{seen}"], cell_type="LINE0")    # whose table had the gene from the start
+    assert np.allclose(out.X, known.X, atol=1e-4) and np.allclose(out.layers["std"], known.layers["std"], atol=1e-4) and np.allclose(out.obs.support, known.obs.support, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in told.model.state_dict().items()) and told.table.missing([gene]) == [gene]
+    again = BioJEPA.load(told.knowing(given).save(tmp_path))
+    assert np.allclose(again.predict(cells, gene, cell_type="LINE0").X, out.X[:1], atol=1e-5)
+    wide = {s: f.assign(more=0.) for s, f in given.items()}
+    with pytest.raises(BadFeatures, match="columns"): told.predict(cells, gene, features=wide)
+    with pytest.raises(BadFeatures, match=seen): told.predict(cells, gene, features={s: f.loc[[seen]] + 1 for s, f in as_table(features).sources.items()})
+
+
+@pytest.mark.filterwarnings("ignore:known in part", "ignore:the model was fitted without")
+def test_a_guide_a_drug_and_a_gene_at_once():
+    pytest.importorskip("rdkit", reason="needs the extra `molecules` (RDKit)")
+    from biojepa.molecules import molecule_features
+    from biojepa.nucleotides import kmer_profile
+    raw, rng = simulate(n_genes=40, n_perturbations=24, n_doubles=0, cells_per_perturbation=8, seed=2), np.random.default_rng(0)
+    targets = sorted(set(raw.obs.perturbation) - {"control"})
+    guides, drugs = targets[:12], targets[12:]
+    raw.obs["mode"] = np.where(raw.obs.perturbation.isin(drugs), "drug", "CRISPRi")
+    cells = prepare(raw, n_genes=40, mode="mode")
+    spell = lambda: "".join(rng.choice(list("ACGT"), 20))
+    chain = lambda i: "C" * (i + 1) + "O" + "N" * (i % 3)
+    features = {"guide": kmer_profile({g: spell() for g in guides}, 3), "Morgan": molecule_features({d: chain(i) for i, d in enumerate(drugs)}, progress=False)["Morgan"]}
+    fold = split(cells, "simulation", seed=0)
+    fitted = BioJEPA.fit(cells, fold, features=features, **TINY)
+    more = {"guide": kmer_profile({"guide of LINC01": spell()}, 3), **molecule_features({"my drug": "CCCCON"}, progress=False)}
+    names = ["guide of LINC01", "my drug", f"{fold.train[0]}+guide of LINC01+my drug"]
+    with pytest.warns(MissingFeatures) as caught: out = fitted.predict(cells, names, mode={"my drug": "drug"}, features=more)
+    text = " ".join(str(w.message) for w in caught)
+    assert "without properties" in text and "nothing is known" not in text and "no training action" not in text
+    assert (out.obs.support > 0).all() and out.obs.missing.iloc[0] == "guide of LINC01: Morgan" and np.isfinite(out.X).all()
+    part = fitted.predict(cells, names[2].split("+")[::-1], mode={"my drug": "drug"}, features=more)
+    assert out.obs.support.iloc[2] == pytest.approx(part.obs.support.min(), abs=1e-6)             # the worst part counts
+
+
+def test_a_source_that_lacks_a_target_is_named(screen):
+    cells, features, fold = screen
+    table = as_table(features).sources
+    one, two = next(iter(table.values())), fold.train[0].split("+")[0]
+    gene = next(n for n in fold.test if fold.groups[n] == "unseen_gene")
+    part = BioJEPA.fit(cells, fold, features={"a": one, "b": one.drop(index=gene)}, network=False, **TINY)
+    with pytest.warns(MissingFeatures, match=rf"{gene} \(not b\)"): out = part.predict(cells, [gene, two], cell_type="LINE0").obs
+    assert out.missing.tolist() == [f"{gene}: b", ""] and out.support.iloc[0] > 0
+
+
+def test_other_names_of_a_target(model, screen):
+    cells, _, fold = screen
+    gene = next(n for n in fold.test if fold.groups[n] == "unseen_gene")
+    seen = fold.train[0].split("+")[0]
+    symbols = Symbols(["NEW", *model.genes], previous={"OLD": gene, seen: "NEW"}, aliases={"TWIN": [gene, seen]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error"); out = model.predict(cells, ["OLD", "NEW", "OLD+NEW"], symbols=symbols)
+    assert np.allclose(out.X, model.predict(cells, [gene, seen, f"{gene}+{seen}"]).X, atol=1e-5) and out.obs.perturbation.iloc[0] == "OLD"
+    with pytest.warns(MissingFeatures, match="say which"): assert model.predict(cells, "TWIN", symbols=symbols).obs.support.max() == 0
+
+
+@pytest.mark.filterwarnings("ignore:no training action was of mode")
+def test_a_mode_that_training_had_not(model, screen, tmp_path):
+    cells, _, fold = screen
+    seen, gene = fold.train[0].split("+")[0], next(n for n in fold.test if fold.groups[n] == "unseen_gene")
+    plain = model.predict(cells, [seen, gene], cell_type="LINE0")
+    with pytest.raises(BadAction, match="one of CRISPRi, .*add_mode"): model.predict(cells, seen, mode="editing")
+    with pytest.warns(MissingFeatures, match="drug"): out = model.predict(cells, [f"{seen}+{gene}", gene], mode={gene: "drug"})
+    assert (out.obs.support == 0).all()
+    assert model._action("B+A", {"B": "drug", "A": "CRISPRko"}, None) == Action.parse("B+A", ["drug", "CRISPRko"]) == model._action("A+B", {"B": "drug", "A": "CRISPRko"}, None)
+    with modes("editing", "radiation"):
+        with pytest.warns(MissingFeatures, match="editing"): new = model.predict(cells, seen, mode="editing", cell_type="LINE0")
+        assert new.obs.support.tolist() == [0] and np.isfinite(new.X).all()
+        assert np.array_equal(model.predict(cells, [seen, gene], cell_type="LINE0").X, plain.X)        # what was known is as it was
+        for p in model.model.predictor.modules():
+            if isinstance(p, ActionTokens): torch.nn.init.normal_(p.gate.weight[-2:])                   # as if trained since
+        model.gate, gate = 1.0, model.gate
+        said = [model.predict(cells, seen, mode=m, cell_type="LINE0").X for m in ("editing", "radiation", "CRISPRi")]
+        assert not np.allclose(said[0], said[1], atol=1e-7)
+        model.save(tmp_path)
+    with modes("radiation"):                                                   # another program, another order
+        again = BioJEPA.load(tmp_path)
+        assert list(MODES)[-2:] == ["radiation", "editing"]
+        for m, x in zip(("editing", "radiation", "CRISPRi"), said): assert np.allclose(again.predict(cells, seen, mode=m, cell_type="LINE0").X, x, atol=1e-6)
+    model.gate = gate
+
+
+def test_cells_of_an_added_mode_train_a_model(screen):
+    raw = simulate(n_genes=30, n_perturbations=12, n_doubles=0, cells_per_perturbation=8, seed=1)
+    with pytest.raises(BadCells, match="add_mode"): prepare(raw, n_genes=30, mode=raw.obs.assign(m="editing").m)
+    with modes("editing"):
+        cells = prepare(raw, n_genes=30, mode="editing")
+        fold = split(cells, "simulation", seed=0)
+        fitted = BioJEPA.fit(cells, fold, features=simulated_features(cells), **TINY)
+        assert set(fitted.modes.values()) == {"editing"} and fitted._action(fold.test[0], None, None).parts[0].mode == "editing"
+        for p in fitted.model.predictor.modules():
+            if isinstance(p, ActionTokens): assert len(p.mode.weight) == len(MODES)
+        assert fitted.predict(cells, fold.test[0]).obs.support.iloc[0] > 0
+
+
+def test_hours_are_those_of_training_unless_given(screen, tmp_path):
+    cells, features, fold = screen
+    timed = cells.copy(); timed.obs.loc[timed.obs.perturbation != "control", "time"] = 24.
+    fitted = BioJEPA.fit(timed, fold, features=features, **TINY)
+    with torch.no_grad():
+        for p in fitted.model.predictor.modules():
+            if isinstance(p, ActionTokens): torch.nn.init.normal_(p.time.weight)
+    fitted.gate, name = 1.0, fold.test[0]
+    again = BioJEPA.load(fitted.save(tmp_path))
+    said = {t: again.predict(timed, name, time=t).X for t in (None, 24, 0)}
+    assert fitted.time == 24 and np.array_equal(said[None], said[24]) and not np.allclose(said[24], said[0], atol=1e-7)
+    assert np.allclose(said[24], fitted.moments(timed, [Action.parse(name, time=24)] * 2, ["LINE0", "LINE1"])[0], atol=1e-5)
 
 
 def test_refusals_name_what_is_wrong(model, screen, tmp_path):

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from biojepa import proteins as P
-from biojepa.describe import AmbiguousGene, Symbols, align, describe, go_features, info_nce, retrieval
-from biojepa.featurizers import FeatureTable, MissingFeatures
+from biojepa.describe import AmbiguousGene, Symbols, align, describe, go_features, info_nce, known_targets, more_targets, retrieval, warn_unknown
+from biojepa.featurizers import BadFeatures, FeatureTable, MissingFeatures
 from biojepa.nucleotides import BadNucleotides, kmer_profile, language_features, load_language
 from biojepa.perturbations import BadAction, actions_of
 
@@ -320,6 +320,33 @@ def test_nothing_is_silently_zero():
     assert known.missing == ["LINC01"] and known.found.support.tolist() == [1., .5, 0.] and known.found.why["LINC01"]
     assert list(known.sources["a"].index) == ["X", "old Z"] and known.sources["a"].loc["old Z"].tolist() == [0, 0, 1]
     with warnings.catch_warnings(): warnings.simplefilter("error"); describe(["X", "Y"], table)
+
+
+@few
+@given(st.integers(0, 1000), st.integers(1, 3), st.booleans())
+def test_a_table_that_grew_is_the_table_that_had_all(seed, sources, fitted):
+    rng = np.random.default_rng(seed)
+    names = [f"G{i}" for i in range(12)]
+    frames = {f"s{j}": pd.DataFrame(rng.normal(size=(12, 5)), index=names) for j in range(sources)}
+    late = set(rng.choice(names[6:], 3, replace=False))
+    make = lambda f: FeatureTable(f).fit(names[:6]) if fitted else FeatureTable(f)
+    short = make({s: f.drop(index=list(late)) for s, f in frames.items()})
+    grown = more_targets(short, {s: f.loc[sorted(late | {names[0]})] for s, f in frames.items()})
+    for a, b in zip(grown.transform(names), make(frames).transform(names)): assert np.allclose(a, b, atol=1e-4)
+    assert set(short.missing(names)) == late and not grown.missing(names)
+    refused(lambda: more_targets(short, {"s0": frames["s0"].loc[[names[0]]] + 1}), BadFeatures)
+    refused(lambda: more_targets(short, {"s0": frames["s0"].iloc[:, :4]}), BadFeatures)
+
+
+def test_what_a_model_knows_of_a_name():
+    table = FeatureTable({"a": pd.DataFrame(np.eye(3), index=["X", "Y", "Z"]), "b": pd.DataFrame(np.eye(2), index=["X", "Y"])})
+    symbols = Symbols(["X", "NEW", "G", "Q", "R"], previous={"OLD": "NEW", "Z": "NEW"}, aliases={"gee": "G", "TWIN": ["Q", "R"]})
+    known = known_targets(["X", "Z", "NEW", "OLD", "gee", "TWIN", "S"], table, ["S"], symbols, ["G"])
+    assert list(known.target) == ["X", "Z", "Z", "Z", "G", "TWIN", "S"] and list(known.seen) == [False] * 6 + [True]
+    assert list(known.missing) == ["", "b", "b", "b", "everything", "everything", "a, b"] and "say which" in known.why["TWIN"]
+    with pytest.warns(MissingFeatures) as caught: warn_unknown(known)
+    text = [str(w.message) for w in caught]
+    assert len(text) == 2 and all(n in text[0] for n in ("gee", "TWIN", "Support 0")) and all(n in text[1] for n in ("Z (not b)", "S (not a, b)")) and "X" not in text[1]
 
 
 @few

@@ -13,6 +13,7 @@ from biojepa import proteins as P
 from biojepa.cells import CONTROL, dense, prepare
 from biojepa.cli import app
 from biojepa.featurizers import FeatureTable
+from biojepa.featurizers import FeatureTable, MissingFeatures
 from biojepa.simulator import simulate, simulated_features
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -78,6 +79,14 @@ def test_features_fit_score_page_predict(cells, annotations, tmp_path):
     assert set(pd.read_csv(tmp_path / "t.csv").model) == {"base"}
     genes = anndata.read_h5ad(cells).var_names
     assert "support" in shell("predict", tmp_path / "base", cells, genes[-1], "--out", tmp_path / "p.h5ad")
+    file, = (tmp_path / "f").glob("*.*")
+    frame = FeatureTable.read(file).sources[file.stem]
+    target = anndata.read_h5ad(cells).obs.perturbation[lambda p: p.isin(frame.index)].iloc[0]
+    (tmp_path / "g").mkdir(); frame.loc[[target]].set_axis(["LINC01"]).rename_axis("symbol").to_csv(tmp_path / "g" / f"{file.stem}.csv")
+    pd.DataFrame(dict(symbol=["LINC01"], prev_symbol=["OLD1"])).to_csv(tmp_path / "hgnc.txt", sep="\t", index=False)
+    asked = ["predict", tmp_path / "base", cells, "OLD1", "--symbols", tmp_path / "hgnc.txt", "--out", tmp_path / "q.h5ad"]
+    with pytest.warns(MissingFeatures, match="OLD1"): assert "support 0.00" in shell(*asked)
+    assert "support 1.00" in shell(*asked, "--features", tmp_path / "g")                       # its twin was in training, or is as near
 
 
 def test_features_of_proteins_under_old_names(cells, tmp_path):

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import biojepa as bj
+from biojepa.cells import MODES, add_mode
+from biojepa.describe import Symbols
+from biojepa.featurizers import MissingFeatures
 from biojepa.signature_model import (SignatureModel, View, ViewConfig, base_rates, check_signature, conjugate_gradients, paired_auroc, signature_loss,
                                      stack_weights, unit_features, value_signatures)
 from biojepa.signatures import QUESTIONS, BadSignatures, auroc_interval, gene_auroc, label_pairs, signature_folds, signatures, read_signatures
@@ -177,6 +180,33 @@ def test_values_use_the_same_entry():
         t = sig[list(fold.test)].X; ok = np.isfinite(t)
         return np.corrcoef(p.layers["value"][ok], t[ok])[0, 1]
     assert skill(features) > 0.7 and abs(skill({"x": features["x"].sample(frac=1, random_state=1).set_axis(names)})) < 0.3
+
+
+def test_a_newcomer_brings_its_features_and_a_stranger_is_named(data, model):
+    sig, fold, features = data
+    known = fold.test[0]
+    told = model.predict(None, ["new", known], features={"x": features["x"].loc[[known]].set_axis(["new"])})
+    for line in model.lines:
+        assert np.allclose(told[f"new@{line}"].X, told[f"{known}@{line}"].X, atol=1e-4) and told.obs.support[f"new@{line}"] == pytest.approx(told.obs.support[f"{known}@{line}"], abs=1e-4)
+    with pytest.warns(MissingFeatures, match="new") as caught: blind = model.predict(None, ["new"])
+    assert len(caught) == 1 and (blind.obs.support == 0).all() and (blind.obs.missing == "everything").all() and not np.allclose(blind.X, told[[f"new@{line}" for line in model.lines]].X, atol=1e-3)
+    renamed = model.predict(None, ["old"], symbols=Symbols([known], previous={"old": known}))
+    assert np.allclose(renamed.X, told[[f"{known}@{line}" for line in model.lines]].X, atol=1e-4) and list(renamed.obs.perturbation) == ["old"] * 2
+    with pytest.warns(MissingFeatures, match="fitted without text"), pytest.warns(MissingFeatures, match="new"):
+        model.predict(None, ["new"], features={"text": features["x"].loc[[known]].set_axis(["new"])})
+
+
+def test_added_modes_do_not_disturb_a_model_of_signatures(data, model, tmp_path):
+    sig, fold, _ = data
+    first, before = model.predict(None, list(fold.test[:4])), list(MODES)
+    try:
+        add_mode("editing")
+        assert np.array_equal(model.predict(None, list(fold.test[:4])).X, first.X)
+        facts = json.loads((model.save(tmp_path) / "model.json").read_text())
+        assert facts["mode_names"][-1] == "editing"
+        MODES.names[:] = [*before, "radiation"]
+        assert np.allclose(SignatureModel.load(tmp_path).predict(None, list(fold.test[:4])).X, first.X, atol=1e-6) and "editing" in MODES
+    finally: MODES.names[:] = before
 
 
 def test_errors_name_what_is_wrong(data, model):
