@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import sparse
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import norm, rankdata, spearmanr
 from sklearn.decomposition import PCA
@@ -155,10 +156,18 @@ over("uncertainty_error", ("uncertainty", "error"), METRICS["severity"].statisti
 over("uncertainty_error_partial", ("uncertainty", "error", "predicted_size"), partial_spearman, "The same after the ranks of the predicted effect size are taken out of both: uncertainty that says more than 'strong effects are hard'.")
 
 # %% ../nbs/53_distributions.ipynb #c026
-def partners(labels) -> np.ndarray: # [N, N] bool, False on the diagonal
+def partners(
+    labels, # N sets of names; or the answer itself, which is given back
+) -> np.ndarray: # [N, N] bool, False on the diagonal
     "Who shares a label with whom."
-    own = [frozenset(x) for x in labels]
-    return np.array([[i != j and bool(a & b) for j, b in enumerate(own)] for i, a in enumerate(own)], dtype=bool).reshape(len(own), len(own))
+    if isinstance(labels, np.ndarray) and labels.dtype == bool: return labels
+    own = [set(x) for x in labels]
+    column = {n: i for i, n in enumerate(sorted(set().union(*own), key=str))}
+    row, at = [i for i, x in enumerate(own) for _ in x], [column[n] for x in own for n in x]
+    member = sparse.csr_matrix((np.ones(len(row)), (row, at)), (len(own), len(column)))
+    shared = (member @ member.T).toarray() > 0
+    np.fill_diagonal(shared, False)
+    return shared
 
 def _similar(x):
     x = np.asarray(x, float); x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
@@ -166,7 +175,7 @@ def _similar(x):
 
 def pathway_gap(
     x: np.ndarray, # [N, D] an embedding, or centred effects
-    labels, # N sets of pathway names
+    labels, # N sets of pathway names, or what `partners` made of them
 ) -> np.ndarray: # [N]; NaN without a partner or without others
     "Mean cosine with those that share a pathway, minus the mean cosine with the rest."
     near, both, itself = _similar(x), partners(labels), np.eye(len(x), dtype=bool)
@@ -175,7 +184,7 @@ def pathway_gap(
 
 def pathway_neighbour(
     x: np.ndarray, # [N, D]
-    labels, # N sets of pathway names
+    labels, # N sets of pathway names, or what `partners` made of them
 ) -> np.ndarray: # [N], 0 to 1; NaN without a partner
     "Is the nearest neighbour by cosine one that shares a pathway? Ties count their share."
     near, both = _similar(x), partners(labels)

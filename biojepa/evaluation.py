@@ -248,23 +248,25 @@ def summarise(
     scores: pd.DataFrame, # of `score_fold`, of one or more folds
     n_boot: int = 1000, # bootstrap resamples
     seed: int = 0,
+    baselines=None, # models that are baselines; None: those that are named like one of `all_baselines`
 ) -> pd.DataFrame: # one row per model, split and metric; COLUMNS
-    "Values with intervals, floor, ceiling and verdict, and the best of the simple baselines."
+    "Values with intervals, floor, ceiling and verdict, and the best of the baselines."
     present, rows = set(scores.metric), []
     metrics = [m for m in chosen("all").values() if (set(m.needs) or {m.name}) <= present]
     for group, own in scores.groupby("split", sort=False):
         runs = own.groupby("run") if "run" in own and own.run.max() > 0 else ()
         wide, runs = _by_model(own), [_by_model(r) for _, r in runs]
         models = [m for m in dict.fromkeys(own.model) if m not in SCALE]
-        for shown in _shown(metrics): rows += [dict(split=group, **r) for r in _metric_rows(wide, runs, models, shown, n_boot, seed)]
+        own_bars = [m for m in models if m in (all_baselines() if baselines is None else baselines)]
+        for shown in _shown(metrics): rows += [dict(split=group, **r) for r in _metric_rows(wide, runs, models, own_bars, shown, n_boot, seed)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
-def _metric_rows(wide, runs, models, shown, n_boot, seed):
+def _metric_rows(wide, runs, models, baselines, shown, n_boot, seed):
     "The rows of one metric: one per model that has a value."
     name, needs, statistic, metric = shown
     blocks = {k: _block(wide, k, needs) for k in (*models, *SCALE)}
     value = {k: _of(statistic, v) for k, v in blocks.items()}
-    scale = {k: value[k] for k in SCALE} | verdict({k: blocks[k] for k in SCALE}, metric, statistic, n_boot, seed) | _best(value, metric, [m for m in models if m in all_baselines()])
+    scale = {k: value[k] for k in SCALE} | verdict({k: blocks[k] for k in SCALE}, metric, statistic, n_boot, seed) | _best(value, metric, baselines)
     for m in models:
         own = _known(blocks[m])
         if not np.isfinite(value[m]): continue
@@ -273,10 +275,12 @@ def _metric_rows(wide, runs, models, shown, n_boot, seed):
 
 # %% ../nbs/52_evaluation.ipynb #c030
 class Card:
-    "The result of `scorecard`: `.table` (one row per model, split, metric), `.per_perturbation`, `.verdict()`, `.versus()`, `.uses_action()`, `.plot()`, `.to_csv(path)`, `.to_html(path)`."
-    def __init__(self, per_perturbation, n_boot=1000, seed=0, controls=None, effects=None):
-        self.per_perturbation, self.n_boot, self.seed, self.controls, self.effects = per_perturbation, n_boot, seed, controls, effects or {}
-        self.table = summarise(per_perturbation, n_boot, seed)
+    "The result of `scorecard`: `.table` (one row per model, split, metric), `.per_perturbation`, `.verdict()`, `.versus()`, `.winners()`, `.uses_action()`, `.baselines`, `.probes`, `.plot()`, `.to_csv(path)`, `.to_html(path)`."
+    def __init__(self, per_perturbation, n_boot=1000, seed=0, controls=None, effects=None, baselines=None, probes=None):
+        self.per_perturbation, self.n_boot, self.seed, self.controls, self.effects, self.probes = per_perturbation, n_boot, seed, controls, effects or {}, probes
+        known = all_baselines() if baselines is None else baselines
+        self.baselines = tuple(m for m in dict.fromkeys(per_perturbation.model) if m in known)
+        self.table = summarise(per_perturbation, n_boot, seed, self.baselines)
 
     def to_csv(self, path): self.table.to_csv(path, index=False, float_format="%.6g")
     def _repr_html_(self): return self.wide()._repr_html_()
@@ -344,12 +348,45 @@ def _uses_action(self: Card,
 Card.wide, Card.versus, Card.verdict, Card.uses_action = _wide, _versus, _verdict, _uses_action
 
 # %% ../nbs/52_evaluation.ipynb #c033
+def _apart(own, metric, one, other, n_boot, seed):
+    "Difference of the table's values of two models on the same perturbations, better is positive, and its interval."
+    name, needs, statistic, m = metric
+    a, b = (_block(own, k, needs).reshape(len(own.loc[k]), -1) for k in (one, other))
+    both = ~np.isnan(np.concatenate([a, b], 1)).any(1)
+    a, b = (x[both] if len(needs) > 1 else x[both, 0] for x in (a, b))
+    if len(a) < 2: return dict(difference=float("nan"), low=float("nan"), high=float("nan"))
+    drawn = np.random.default_rng(seed).integers(len(a), size=(n_boot, len(a)))
+    gap = lambda x, y, axis: _sign(m) * (statistic(x, axis=axis) - statistic(y, axis=axis))
+    low, high = np.quantile(gap(a[drawn], b[drawn], 1), [.025, .975])
+    return dict(difference=float(gap(a, b, 0)), low=float(low), high=float(high))
+
+def _winners(self: Card,
+    split: str | None = None, # kind of test perturbation; default: the one with the most
+    metrics=None, # names of the table; None: every one that has a best value
+) -> pd.DataFrame: # per metric: tells, first, value, second, difference, low, high, clear
+    "Who is first by each metric, and by how much before the second that says something else. Which of many is first on one sample is partly luck: read `clear`."
+    t = self.table[self.table.split == (split or self.table.groupby("split", sort=False).n.max().idxmax())]
+    own, rows = self.per_perturbation[self.per_perturbation.split == t.split.iloc[0]], []
+    wide = own.groupby(["model", "perturbation", "metric"], sort=False, observed=True).value.mean().unstack("metric").sort_index()
+    for shown in _shown(chosen("all").values()):
+        r, m = t[t.metric == shown[0]].set_index("model"), shown[3]
+        if not m.best or len(r) < 2 or metrics is not None and shown[0] not in metrics: continue
+        order = r.value.sort_values(ascending=m.best == "low", kind="stable")
+        others = [k for k in order.index[1:] if not np.isclose(order[k], order.iloc[0], atol=1e-9)]
+        if not others: continue
+        gap = _apart(wide, shown, order.index[0], others[0], self.n_boot, self.seed)
+        rows.append(dict(metric=shown[0], tells=r.tells.iloc[0], first=order.index[0], value=order.iloc[0], second=others[0], **gap, clear="yes" if gap["low"] > 0 else "no"))
+    return pd.DataFrame(rows).set_index("metric") if rows else pd.DataFrame()
+
+Card.winners = _winners
+
+# %% ../nbs/52_evaluation.ipynb #c034
 def all_baselines() -> dict: # name -> class
     "Every baseline. [55_more_baselines](55_more_baselines.ipynb) comes later in the book, so it is asked when a card is made and not when this module is read."
     from biojepa.more_baselines import ALL_BASELINES
     return ALL_BASELINES
 
-# %% ../nbs/52_evaluation.ipynb #c034
+# %% ../nbs/52_evaluation.ipynb #c035
 def scorecard(
     cells: AnnData, # prepared cells, test perturbations included
     split, # a Split, or a list of them (folds)
@@ -361,6 +398,7 @@ def scorecard(
     metrics=None, # None: all but the slow ones (differential expression); 'all'; or a list of names
     pathways: dict | None = None, # gene -> names of its pathways, for the pathway metrics
     controls: dict | None = None, # model -> {name: negative control}, each given like a predictor; see `biojepa.report.refit_controls`
+    essentiality: dict | None = None, # gene -> bool or number; with it or with pathways, the embeddings of models that have some are probed
 ) -> Card:
     "Judge predictors on the test perturbations of one split or of folds, beside the baselines. Raises Leak, KeyError or ValueError, naming what is wrong."
     check(cells); chosen(metrics)
@@ -375,9 +413,16 @@ def scorecard(
         fitted = {n: p[i] for n, p in per.items()} | {n: known[n]().fit(cells, s, features) for n in wanted}
         parts_.append(_one_fold(cells, s, fitted, {k: p[i] for k, p in spoiled.items()}, seed, metrics, pathways, i))
     scores, tried = (pd.concat([p[k] for p in parts_], ignore_index=True) for k in ("scores", "controls"))
-    return Card(scores, n_boot, seed, tried, {n: pd.concat([p["effects"][n] for p in parts_]) for n in parts_[0]["effects"]})
+    probed = None if pathways is None and essentiality is None else _probed(cells, several, per, pathways, essentiality, features)
+    return Card(scores, n_boot, seed, tried, {n: pd.concat([p["effects"][n] for p in parts_]) for n in parts_[0]["effects"]}, wanted, probed)
 
-# %% ../nbs/52_evaluation.ipynb #c035
+# %% ../nbs/52_evaluation.ipynb #c036
+def _probed(cells, several, per, pathways, essentiality, features):
+    "Probes of the models of every fold; the first seed of each."
+    from biojepa.probes import over_folds, probes
+    first = lambda p: p[0] if isinstance(p, tuple) else p
+    return over_folds([probes({n: first(p[i]) for n, p in per.items()}, cells, s, pathways, essentiality, features) for i, s in enumerate(several)])
+
 def _flat(controls): return {(m, k): p for m, each in (controls or {}).items() for k, p in each.items()}
 
 def _one_fold(cells, split, fitted, spoiled, seed, metrics, pathways, fold):
