@@ -112,7 +112,7 @@ def _fit(cls,
                     pretraining=asdict(PretrainConfig(**(pretraining or {}))), training=asdict(TrainConfig(**(training or {}))))
     if MODES.added: settings["modes"] = list(MODES)
     run = Run(self, cells, seen, settings, out, device, progress)
-    if floor and preset == "base": self.floor = Floor(**(floor_options or {})).fit(seen, table)
+    if floor and preset == "base": self.floor = Floor(**(floor_options or {})).fit(seen, table); run.transfer()
     if network or preset != "base": run.pretrain(); run.train()
     else: self.gate = 0.0
     run.finish()
@@ -186,7 +186,14 @@ def _split_effects(self: Run, part):
     if not own.any(): return None
     return effects(self.cells[own | (self.cells.obs.perturbation == CONTROL).values])
 
-Run.validation, Run.split_effects = _validation, _split_effects
+def _transfer(self: Run):
+    "Validation lines that training never saw treated say how much carries over to such lines."
+    owner, held = self.owner, self.split_effects("val")
+    if held is None: return
+    types = list(held.obs.cell_type)
+    owner.floor.learn_transfer(actions_of(held.obs), types, held.X, held.layers["sem"]**2, owner._control_means(self.cells, types))
+
+Run.validation, Run.split_effects, Run.transfer = _validation, _split_effects, _transfer
 
 # %% ../nbs/43_estimator.ipynb #c023
 def _contexts(self: BioJEPA,

@@ -17,6 +17,7 @@ from .cells import CONTROL, dense, effects
 from .interactions import learn_meeting, meet
 from .perturbations import Action, Part, actions_of
 from .priors import ENOUGH, Prior, strength
+from .transfer import Transfer
 
 # %% ../nbs/42_readout.ipynb #c009
 def design(
@@ -69,6 +70,7 @@ class Floor:
         self.expected = self.prior.expect(self.actions, self.contexts)            # [P, G]
         self._solve(self.truth - self.expected, noise)
         self._learn_meeting(noise)
+        self.transfer = Transfer({c: self.control[c] for c in sorted(set(self.contexts))})
         return self._calibrate(noise)
 
 # %% ../nbs/42_readout.ipynb #c017
@@ -77,7 +79,8 @@ def _kernels(self: Floor, actions, contexts):
     size = lambda actions: np.array([[sum(strength(p.dose) for p in a.parts)] for a in actions], dtype=float)   # [P, 1]
     blocks = {"target": design(actions, self.targets)}
     if len(set(self.contexts)) > 1:
-        own = np.array([[c == k for k in sorted(set(self.contexts))] for c in contexts], dtype=float)
+        taught = sorted(set(self.contexts))
+        own = np.array([[c == k for k in taught] + [c not in taught] for c in contexts], dtype=float)   # the last column: any other context
         cross = lambda x: (x[:, :, None] * own[:, None]).reshape(len(x), -1)      # [P, d] -> [P, d * contexts]
         blocks |= {"shared in context": cross(size(actions)), "target in context": cross(blocks["target"])}
     return blocks
@@ -173,12 +176,8 @@ def _learn_meeting(self: Floor, noise):
 Floor._learn_meeting = _learn_meeting
 
 # %% ../nbs/42_readout.ipynb #c025
-def _predict(self: Floor,
-    actions: list, # P actions
-    contexts: list, # P cell types
-    control: dict | None = None, # mean control expression of contexts that training did not see
-) -> tuple[np.ndarray, np.ndarray]: # [P, G] mean and standard deviation
-    "Effect of each action and its uncertainty. The empty action gives exactly zero and no doubt."
+def _at_home(self: Floor, actions, contexts, control=None):
+    "Effect [P, G] and its variance, as if every context had taught."
     mean, cross, blocks = self._sum(actions, contexts, control)
     if self.meeting.any():
         rows, terms = self._meetings(actions, contexts, control)
@@ -189,9 +188,21 @@ def _predict(self: Floor,
     told = self.ratios**2 * (inside @ (1 / (1 + self.values[:, None] * self.ratios)))
     variance = np.maximum(own[:, None] * self.ratios - told, 0) @ (self.basis**2).T * self.unit**2
     extra = np.stack([self.extra[min(len(a.parts), 2)] for a in actions])      # [P, G]
-    return mean, np.sqrt((variance + extra) * self.doubt(actions)[:, None])
+    return mean, (variance + extra) * self.doubt(actions)[:, None]
 
-Floor.predict = _predict
+def _predict(self: Floor,
+    actions: list, # P actions
+    contexts: list, # P cell types
+    control: dict | None = None, # mean control expression of contexts that training did not see
+) -> tuple[np.ndarray, np.ndarray]: # [P, G] mean and standard deviation
+    "Effect of each action and its uncertainty. The empty action gives exactly zero and no doubt."
+    mean, variance = self._at_home(actions, contexts, control)
+    known = self.control | (control or {})
+    new = np.array([c in known and c not in self.transfer.lines for c in contexts], dtype=bool)
+    if new.any(): mean[new], variance[new] = self.transfer(mean[new], variance[new], *self._elsewhere(actions, contexts, new, known))
+    return mean, np.sqrt(variance)
+
+Floor._at_home, Floor.predict = _at_home, _predict
 
 # %% ../nbs/42_readout.ipynb #c027
 def hold_out_blocks(
@@ -247,7 +258,31 @@ def _doubt(self: Floor, actions):
 
 Floor._calibrate, Floor.doubt = _calibrate, _doubt
 
-# %% ../nbs/42_readout.ipynb #c039
+# %% ../nbs/42_readout.ipynb #c031
+def _elsewhere(self: Floor, actions, contexts, new, known):
+    "Control means of the contexts [n, G] and where each action holds the gene itself [n, G], for the rows `new`."
+    rows, index = np.flatnonzero(new), {g: i for i, g in enumerate(self.genes)}
+    own = np.zeros((len(rows), len(self.genes)), dtype=bool)
+    for row, i in zip(own, rows): row[[index[t] for t in actions[i].targets if t in index]] = True
+    return np.stack([known[contexts[i]] for i in rows]), own
+
+def _learn_transfer(self: Floor,
+    actions: list, # P actions
+    contexts: list, # P cell types; rows whose treated cells were in training are left out
+    observed: np.ndarray, # [P, G] effects
+    noise: np.ndarray, # [P, G] their variance
+    control: dict, # cell type -> mean of its control cells
+): # self
+    "Learn from lines that did not teach how much carries over to new ones."
+    new = np.array([c not in self.transfer.lines for c in contexts], dtype=bool)
+    if not new.any(): return self
+    mean, variance = self._at_home(actions, contexts, control)
+    self.transfer.fit(mean[new], variance[new], np.asarray(observed, float)[new], np.asarray(noise, float)[new], *self._elsewhere(actions, contexts, new, control))
+    return self
+
+Floor._elsewhere, Floor.learn_transfer = _elsewhere, _learn_transfer
+
+# %% ../nbs/42_readout.ipynb #c042
 class Decoder(torch.nn.Module):
     "Expression of gene g from its latent: <w_g, z_g> + b_g."
     def __init__(self, n_genes: int, width: int):
@@ -274,7 +309,7 @@ def fit_decoder(
     out.bias = mean_x - (mean_z * out.weight).sum(-1)
     return out
 
-# %% ../nbs/42_readout.ipynb #c041
+# %% ../nbs/42_readout.ipynb #c044
 @torch.no_grad()
 def fit_decoders(
     model, # a WorldModel of preset 'v0_3' or 'v0_2'
@@ -291,11 +326,11 @@ def fit_decoders(
         out.append(fit_decoder(z, x))
     return tuple(out)
 
-# %% ../nbs/42_readout.ipynb #c046
+# %% ../nbs/42_readout.ipynb #c049
 def _state(self: Floor) -> tuple[dict, dict]: # arrays, and facts that JSON can hold
     "Everything that `from_state` needs."
-    arrays = {k: np.asarray(getattr(self, k)) for k in ("noise", "scores", "basis", "unit", "weights", "ratios", "values", "vectors", "alpha", "extra", "meeting")} | {f"control.{c}": x for c, x in self.control.items()}
-    facts = dict(genes=self.genes, contexts=self.contexts, targets=[list(t) for t in self.targets], scale=self.scale, fresh=self.fresh, slope=self.slope, typical=self.typical,
+    arrays = {k: np.asarray(getattr(self, k)) for k in ("noise", "scores", "basis", "unit", "weights", "ratios", "values", "vectors", "alpha", "extra", "meeting")} | {"transfer.extra": self.transfer.extra} | {f"control.{c}": x for c, x in self.control.items()}
+    facts = dict(genes=self.genes, contexts=self.contexts, targets=[list(t) for t in self.targets], scale=self.scale, fresh=self.fresh, slope=self.slope, typical=self.typical, transfer=[self.transfer.share, self.transfer.far],
                  actions=[[[p.target, p.mode, p.dose, None if np.isnan(p.time) else p.time] for p in a.parts] for a in self.actions])
     more, facts["prior"] = self.prior.state()
     arrays |= {f"prior.{k}": v for k, v in more.items()}
@@ -304,13 +339,15 @@ def _state(self: Floor) -> tuple[dict, dict]: # arrays, and facts that JSON can 
 def _from_state(cls, arrays, facts, table=None):
     "The floor that `state` described."
     self = cls()
-    self.__dict__.update({k: v for k, v in arrays.items() if not k.startswith(("prior.", "control."))})
+    self.__dict__.update({k: v for k, v in arrays.items() if not k.startswith(("prior.", "control.", "transfer."))})
     self.control = {k[8:]: v for k, v in arrays.items() if k.startswith("control.")}
     self.__dict__.update({k: facts[k] for k in ("genes", "contexts", "scale", "fresh", "slope", "typical")}, table=table)
     self.targets = [tuple(t) for t in facts["targets"]]
     self.actions = [Action(tuple(Part(t, m, d, float("nan") if h is None else h) for t, m, d, h in a)) for a in facts["actions"]]
     self.prior = Prior.from_state({k[6:]: v for k, v in arrays.items() if k.startswith("prior.")}, facts["prior"], table)
     self.blocks = self._kernels(self.actions, self.contexts)
+    self.transfer = Transfer({c: self.control[c] for c in sorted(set(self.contexts))})
+    self.transfer.extra, (self.transfer.share, self.transfer.far) = arrays["transfer.extra"], facts["transfer"]
     return self
 
 Floor.state, Floor.from_state = _state, classmethod(_from_state)

@@ -373,6 +373,33 @@ def test_a_prediction_is_the_floor_plus_the_gated_network_with_a_stretched_doubt
     assert np.allclose(out.layers["delta"], mean + 0.7 * change, atol=1e-5) and np.allclose(out.layers["std"], 1.5 * std, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def three_lines():
+    cells = prepare(simulate(n_genes=60, n_perturbations=30, cells_per_perturbation=15, cell_types=3, seed=2), n_genes=60)
+    return cells, split(cells, "unseen_context", context="LINE2", seed=0)
+
+
+def test_a_new_line_is_answered_by_what_carries_over(three_lines, tmp_path):
+    cells, fold = three_lines
+    model = BioJEPA.fit(cells, fold, features=simulated_features(cells), network=False, progress=False)
+    assert set(model.floor.transfer.lines) == set(model.floor.contexts) and "LINE2" not in model.floor.contexts
+    assert model.floor.transfer.far > 0 and model.floor.transfer.share != .5     # learned on the validation line
+    there, home = (model.predict(cells, fold.test, c) for c in ("LINE2", model.floor.contexts[0]))
+    assert there.layers["std"].mean() > home.layers["std"].mean()
+    own = np.array([[g == n for g in cells.var_names] for n in fold.test])
+    model.floor.transfer.share = 0.0
+    silent = model.predict(cells, fold.test, "LINE2").layers["delta"]
+    assert not silent[~own].any() and np.allclose(silent[own], there.layers["delta"][own])
+    assert np.allclose(BioJEPA.load(model.save(tmp_path)).predict(cells, fold.test, "LINE2").layers["std"], model.predict(cells, fold.test, "LINE2").layers["std"], atol=1e-6)
+
+
+def test_without_a_line_to_learn_from_half_carries_over():
+    cells = prepare(simulate(n_genes=60, n_perturbations=30, cells_per_perturbation=15, cell_types=2, seed=2), n_genes=60)
+    fold = split(cells, "unseen_context", context="LINE1", seed=0)
+    transfer = BioJEPA.fit(cells, fold, network=False, progress=False).floor.transfer
+    assert transfer.share == .5 and not transfer.far
+
+
 def test_nine_of_ten_held_out_effects_lie_in_the_interval(model, screen):
     cells, _, fold = screen
     floor, noise = model.floor, np.asarray(effects(fold.cells(cells, "train")).layers["sem"])

@@ -141,6 +141,14 @@ def test_v03_counts_are_law():
     assert count_parameters(model.teacher) == 0 and model.masked_predictor is None
 
 
+def test_v02_counts_are_law():
+    with torch.device("meta"):
+        from biojepa.model import WorldModel
+        model = WorldModel(configure("v0_2", n_genes=5000))
+    assert count_parameters(model.student) == 11_139_584 and count_parameters(model.predictor) == 6_853_632
+    assert count_parameters(model.teacher) == 0 and model.masked_predictor is None
+
+
 def test_v03_cross_attention_cannot_tell_genes_apart():
     torch.manual_seed(0)
     old = PredictorV03(G, D, 2, 1)
@@ -170,7 +178,7 @@ def test_masked_predictor_answers_each_gene_by_itself():
     assert (answer[:, 0] - answer[:, 1]).norm() > .01
 
 
-@pytest.mark.parametrize("preset", ["base", "v0_3"])
+@pytest.mark.parametrize("preset", ["base", "v0_3", "v0_2"])
 def test_build_is_seeded_and_config_survives(preset):
     config = configure(preset, n_genes=G, width=D, heads=2, layers=1, predictor_layers=1)
     before = torch.random.get_rng_state()
