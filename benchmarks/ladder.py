@@ -1,8 +1,8 @@
 """The ladder: every version of the model, and every baseline, on perturbations that nobody chose.
 
     python benchmarks/ladder.py floor            # closed form, its terms, all baselines: simulator (1,000 genes, five folds, three seeds) and real screens
-    python benchmarks/ladder.py network          # networks with each part off, without the floor: simulator of the demo, three seeds
-    python benchmarks/ladder.py pretraining      # with and without pretraining, at 25 to 200 training perturbations
+    python benchmarks/ladder.py network          # networks with each part off, without the floor: simulator (256 genes, singles and pairs), three seeds
+    python benchmarks/ladder.py pretraining      # with and without pretraining, from 25 to 200 training perturbations and from 300 to 6,000 control cells
 
 Writes benchmarks/ladder_STAGE.csv, one row per perturbation, and goes on where it stopped. Real screens need BIOJEPA_DATA."""
 import csv, os, sys, time, warnings
@@ -24,8 +24,8 @@ DATA = Path(os.environ.get("BIOJEPA_DATA", Path(__file__).parents[2]/"shared"))
 SOURCES = [DATA/f"priors/features/{n}.npz" for n in ("go_svd_128", "string_svd_128")]
 
 
-def simulator(n_genes, n_perturbations, n_doubles, seed):
-    cells = bj.prepare(bj.simulate(n_genes=n_genes, n_perturbations=n_perturbations, n_doubles=n_doubles, cells_per_perturbation=40, seed=seed), n_genes=n_genes)
+def simulator(n_genes, n_perturbations, n_doubles, seed, n_controls=None):
+    cells = bj.prepare(bj.simulate(n_genes=n_genes, n_perturbations=n_perturbations, n_doubles=n_doubles, cells_per_perturbation=40, n_controls=n_controls, seed=seed), n_genes=n_genes)
     return cells, bj.simulated_features(cells)
 
 def norman():
@@ -56,7 +56,9 @@ STAGES["network"] = {
     "single cells (m = 1)": ALONE | dict(training=dict(cells=1)), "features shuffled": ALONE | dict(features=shuffled), "v0_3": dict(preset="v0_3"),
     "VICReg on changes": ALONE | dict(training=dict(vicreg_weight=0.1)), "encoder trained on": ALONE | dict(training=dict(freeze=False)),
     "no noise on features": ALONE | dict(model=dict(feature_noise=0.0)), "v0_2": dict(preset="v0_2")}
-STAGES["pretraining"] = {f"{n} perturbations, {steps} steps of pretraining": ALONE | dict(few=n, pretraining=dict(steps=steps)) for n in (25, 50, 100, 200) for steps in (0, 160)}
+PRETRAINED = (0, 160) # steps
+STAGES["pretraining"] = {f"{n} perturbations, {k} steps of pretraining": ALONE | dict(few=n, controls=1200, pretraining=dict(steps=k)) for n in (25, 50, 100, 200) for k in PRETRAINED}
+STAGES["pretraining"] |= {f"{n} control cells, {k} steps of pretraining": ALONE | dict(few=100, controls=n, pretraining=dict(steps=k)) for n in (300, 6000) for k in PRETRAINED}
 
 
 def screens(stage):
@@ -66,7 +68,7 @@ def screens(stage):
             cells, features = simulator(1000, 300, 0, seed)
             for i, s in enumerate(folds(cells, 5, seed=seed)): yield "simulator", seed, i, cells, features, s
         else:
-            cells, features = simulator(512, 200, 60, seed) if stage == "network" else simulator(512, 300, 0, seed)
+            cells, features = simulator(256, 150, 50, seed) if stage == "network" else simulator(256, 240, 0, seed, 6000)
             yield "simulator", seed, 0, cells, features, split(cells, "simulation", seed=seed) if stage == "network" else folds(cells, 5, seed=seed)[0]
     if stage != "floor" or not SOURCES[0].exists(): return
     for name, read in (("norman", norman), ("papalexi", papalexi)):
@@ -78,6 +80,11 @@ def fewer(s, n):
     "The split with n training perturbations; validation and test stay."
     return s if n is None else Split(s.kind, s.seed, tuple(np.random.default_rng(0).permutation(s.train)[:n]), s.val, s.test, s.groups)
 
+def fewer_controls(cells, n):
+    "All treated cells, and n of the untreated."
+    untreated = np.flatnonzero((cells.obs.perturbation == CONTROL).values)
+    return cells if n is None else cells[np.setdiff1d(np.arange(cells.n_obs), np.random.default_rng(0).permutation(untreated)[n:])].copy()
+
 def observed(cells, s, part):
     own = s.mask(cells, part)
     return effects(cells[own | (cells.obs.perturbation == CONTROL).values])
@@ -88,7 +95,8 @@ def judge(cells, s, names, options, seed):
     if isinstance(options, str):
         return ALL_BASELINES[options]().fit(cells, s, FEATURES).answer(names, cells.obs.cell_type.iloc[0]), None
     options = dict(options)
-    few, features = options.pop("few", None), options.pop("features", FEATURES)
+    few, controls, features = options.pop("few", None), options.pop("controls", None), options.pop("features", FEATURES)
+    cells = fewer_controls(cells, controls)
     model = bj.BioJEPA.fit(cells, fewer(s, few), features=features(FEATURES) if callable(features) else features, seed=seed, progress=False, **options)
     return model.predict(cells, names), model.gate
 
