@@ -187,7 +187,8 @@ def _at_home(self: Floor, actions, contexts, control=None):
     inside = ((cross / np.sqrt(self.noise)) @ self.vectors)**2                # [P, P']
     told = self.ratios**2 * (inside @ (1 / (1 + self.values[:, None] * self.ratios)))
     variance = np.maximum(own[:, None] * self.ratios - told, 0) @ (self.basis**2).T * self.unit**2
-    extra = np.stack([self.extra[min(len(a.parts), 2)] for a in actions])      # [P, G]
+    known = lambda a: len(a.parts) == 1 and (a.parts[0].target, a.parts[0].mode) in self.targets
+    extra = self.extra[[3 if known(a) else min(len(a.parts), 2) for a in actions]] * self._power(actions)      # [P, G]
     return mean, (variance + extra) * self.doubt(actions)[:, None]
 
 def _predict(self: Floor,
@@ -216,11 +217,11 @@ def hold_out_blocks(
         out.append(np.array([i] + gone))
     return out
 
-def _held_out(self: Floor):
-    "Mean [P, G] and predictive variance [P, G] (of the true effect) of every training perturbation, held out in closed form."
+def _held_out(self: Floor, blocks=None):
+    "Mean [P, G] and predictive variance [P, G] (of the true effect) of every training perturbation, held out in closed form with its block."
     mean, variance, root = self.scores.copy(), np.zeros_like(self.scores), np.sqrt(self.noise)
     shrunk = 1 / (1 + self.values[:, None] * self.ratios)                     # [P, K]
-    for i, b in enumerate(hold_out_blocks(self.actions)):
+    for i, b in enumerate(blocks or hold_out_blocks(self.actions)):
         V = self.vectors[b] / root[b, None]                                   # [b, P]
         inverse = np.einsum("ip,pk,jp->kij", V, shrunk, V)                    # [K, b, b] blocks of C^-1
         inside = np.linalg.inv(inverse)
@@ -233,29 +234,45 @@ Floor._held_out = _held_out
 
 # %% ../nbs/42_readout.ipynb #c029
 def _calibrate(self: Floor, noise):
-    "Keep the held-out predictions; learn how doubt grows with distance, and per gene the variance that the posterior misses, for no, one, and several parts."
+    "Keep the held-out predictions; learn what makes an action harder than another, and per gene the variance that the posterior misses."
     self.held_out, variance = self._held_out()
-    error, several = (self.truth - self.held_out)**2, np.array([len(a.parts) > 1 for a in self.actions])
-    self.slope, self.typical = 0.0, 0.0
-    if self.prior.analogy and (~several).sum() >= ENOUGH:
-        far = np.log(self.prior.analogy.variance([(a.parts[0].target, a.parts[0].mode) for a, s in zip(self.actions, several) if not s]))
-        size = np.log(np.maximum((error - noise)[~several].mean(1), 0.1 * error[~several].mean(1)))
+    singles, targets = np.array([len(a.parts) == 1 for a in self.actions]), [a.parts[0] if len(a.parts) == 1 else None for a in self.actions]
+    error, power = (self.truth - self.held_out)**2, self._power(self.actions)
+    self.slope, self.typical, self.loud = 0.0, 0.0, {}
+    if self.prior.analogy and singles.sum() >= ENOUGH:
+        far = np.log(self.prior.analogy.variance([(p.target, p.mode) for p in targets if p]))
+        size = np.log(np.maximum((error - noise)[singles].mean(1), 0.1 * error[singles].mean(1)))
         self.slope, self.typical = float(np.clip(np.cov(far, size)[0, 1] / (far.var(ddof=1) + 1e-9), 0, 5)), float(far.mean())
+    modes = {m: np.array([p is not None and p.mode == m for p in targets]) for m in {p.mode for p in targets if p}}
+    if len(modes) > 1: self.loud = {m: float(np.clip((error - noise)[r].mean() / (variance * self.doubt(self.actions)[:, None])[r].mean(), .01, 100)) for m, r in modes.items() if r.sum() >= ENOUGH}
     doubt = self.doubt(self.actions)[:, None]
-    miss = (error - noise) / doubt - variance
-    one = np.maximum(miss[~several].mean(0) if (~several).any() else miss.mean(0), 1e-8)
-    more = np.maximum(miss[several].mean(0), one) if several.sum() >= 5 else 2 * one
-    self.extra = np.stack([0 * one, one, more])                               # [3, G]
-    self.held_out_std = np.sqrt((variance + self.extra[1 + several]) * doubt)
+    def missed(rows, error=error, variance=variance):
+        "Per gene [G], drawn to the mean of all genes as far as rows are few."
+        own = ((error - noise) / doubt - variance)[rows].mean(0) / power[rows].mean()
+        return np.maximum(own + (own.mean() - own) * ENOUGH / (ENOUGH + len(rows)), 1e-8)
+    one = missed(np.flatnonzero(singles) if singles.any() else np.arange(len(singles)))
+    more = np.maximum(missed(np.flatnonzero(~singles)), one) if (~singles).sum() >= 5 else 2 * one
+    asked = pd.Series([(p.target, p.mode) if p else None for p in targets]).dropna()
+    twice, again = asked.index[asked.duplicated(keep=False)], one
+    if len(twice) >= ENOUGH:
+        mean, left = self._held_out([np.array([i]) for i in range(len(self.actions))])
+        again = missed(twice, (self.truth - mean)**2, left)
+    self.extra = np.stack([0 * one, one, more, again])                        # [4, G]
+    self.held_out_std = np.sqrt((variance + self.extra[np.where(singles, 1, 2)] * power) * doubt)
     return self
+
+def _power(self: Floor, actions):
+    "Mean squared strength of the parts of each action [P, 1]."
+    return np.array([[np.mean([strength(p.dose)**2 for p in a.parts]) if a.parts else 0.0] for a in actions])
 
 def _doubt(self: Floor, actions):
     "Factor of the variance of each action [P]: the mean over its parts."
     parts_ = sorted({(p.target, p.mode) for a in actions for p in a.parts})
-    if not self.slope or not parts_: return np.ones(len(actions))
-    factor = dict(zip(parts_, np.exp(self.slope * (np.log(self.prior.analogy.variance(parts_)) - self.typical))))
+    factor = {k: self.loud.get(k[1], 1.0) for k in parts_}
+    if self.slope and parts_: factor = {k: f * np.exp(self.slope * (np.log(v) - self.typical)) for (k, f), v in zip(factor.items(), self.prior.analogy.variance(parts_))}
     return np.array([np.mean([factor[p.target, p.mode] for p in a.parts]) if a.parts else 1.0 for a in actions])
 
+Floor._power = _power
 Floor._calibrate, Floor.doubt = _calibrate, _doubt
 
 # %% ../nbs/42_readout.ipynb #c031
@@ -330,7 +347,7 @@ def fit_decoders(
 def _state(self: Floor) -> tuple[dict, dict]: # arrays, and facts that JSON can hold
     "Everything that `from_state` needs."
     arrays = {k: np.asarray(getattr(self, k)) for k in ("noise", "scores", "basis", "unit", "weights", "ratios", "values", "vectors", "alpha", "extra", "meeting")} | {"transfer.extra": self.transfer.extra} | {f"control.{c}": x for c, x in self.control.items()}
-    facts = dict(genes=self.genes, contexts=self.contexts, targets=[list(t) for t in self.targets], scale=self.scale, fresh=self.fresh, slope=self.slope, typical=self.typical, transfer=[self.transfer.share, self.transfer.far],
+    facts = dict(genes=self.genes, contexts=self.contexts, targets=[list(t) for t in self.targets], scale=self.scale, fresh=self.fresh, slope=self.slope, typical=self.typical, loud=self.loud, transfer=[self.transfer.share, self.transfer.far],
                  actions=[[[p.target, p.mode, p.dose, None if np.isnan(p.time) else p.time] for p in a.parts] for a in self.actions])
     more, facts["prior"] = self.prior.state()
     arrays |= {f"prior.{k}": v for k, v in more.items()}
@@ -341,7 +358,7 @@ def _from_state(cls, arrays, facts, table=None):
     self = cls()
     self.__dict__.update({k: v for k, v in arrays.items() if not k.startswith(("prior.", "control.", "transfer."))})
     self.control = {k[8:]: v for k, v in arrays.items() if k.startswith("control.")}
-    self.__dict__.update({k: facts[k] for k in ("genes", "contexts", "scale", "fresh", "slope", "typical")}, table=table)
+    self.__dict__.update({k: facts[k] for k in ("genes", "contexts", "scale", "fresh", "slope", "typical", "loud")}, table=table)
     self.targets = [tuple(t) for t in facts["targets"]]
     self.actions = [Action(tuple(Part(t, m, d, float("nan") if h is None else h) for t, m, d, h in a)) for a in facts["actions"]]
     self.prior = Prior.from_state({k[6:]: v for k, v in arrays.items() if k.startswith("prior.")}, facts["prior"], table)

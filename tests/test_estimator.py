@@ -21,7 +21,7 @@ from biojepa.pretraining import LoopConfig, draw_genes, learning_rate, pick_prec
 from biojepa.priors import LinearResponse
 from biojepa.readout import Floor, hold_out_blocks
 from biojepa.sets import SetSampler
-from biojepa.simulator import simulate, simulated_features
+from biojepa.simulator import simulate, simulated_features, true_effects
 from biojepa.splits import Leak, split
 from biojepa.training import TrainConfig, action_loss_base, control_states, effect_target
 
@@ -391,6 +391,21 @@ def test_a_new_line_is_answered_by_what_carries_over(three_lines, tmp_path):
     silent = model.predict(cells, fold.test, "LINE2").layers["delta"]
     assert not silent[~own].any() and np.allclose(silent[own], there.layers["delta"][own])
     assert np.allclose(BioJEPA.load(model.save(tmp_path)).predict(cells, fold.test, "LINE2").layers["std"], model.predict(cells, fold.test, "LINE2").layers["std"], atol=1e-6)
+
+
+def test_doses_between_those_measured_are_covered():
+    raw = simulate(n_genes=100, n_perturbations=30, n_drugs=20, doses=(.1, 1., 10.), cells_per_perturbation=20, seed=1)
+    cells = prepare(raw, n_genes=100)
+    drugs, fold = [f"DRUG{i}" for i in range(20)], split(cells, "unseen_gene", seed=0)
+    drugs = [d for d in drugs if d in fold.train]
+    model = BioJEPA.fit(cells, fold, features=simulated_features(cells), network=False, progress=False)
+    assert set(model.floor.loud) == {"CRISPRi", "drug"} and not np.array_equal(model.floor.extra[3], model.floor.extra[1])
+    sizes = []
+    for dose in (.3, 3.):
+        out, truth = model.predict(cells, drugs, dose=dose), true_effects(cells, drugs, dose=dose, guide_failure=.1).values
+        assert .75 < (np.abs(out.layers["delta"] - truth) < 1.645 * out.layers["std"]).mean() < 1
+        sizes.append(np.linalg.norm(out.layers["delta"], axis=1))
+    assert (sizes[1] > sizes[0]).all()                                            # more does more
 
 
 def test_without_a_line_to_learn_from_half_carries_over():
