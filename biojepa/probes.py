@@ -52,15 +52,15 @@ def embeddings(
     device = next(net.parameters()).device
     x = torch.tensor(dense(cells.X[rows]), device=device)
     total = torch.tensor(cells.obs.log_total.values[rows].astype(np.float32), device=device)
-    context = net.context(x[None], total[None])                                   # [1, G, D]
+    context = net.context(x[None], total[None])                                   # [1, G, D]; v0.2: of pathways
     said = [net.student(a, b) for a, b in zip(x.split(64), total.split(64))]
     cell = torch.cat([s.mean(1) if torch.is_tensor(s) else s[1].mean(1) for s in said])
     action = _action_embedding(net, context, encode_actions([model._action(m, None, None) for m in names], model.genes, model.table).to(device))
     frame = lambda v, index: pd.DataFrame(v.float().cpu().numpy(), index)
-    return dict(gene=frame(context[0], model.genes), action=frame(action, names), cell=frame(cell, cells.obs_names[rows]))
+    return dict(gene=frame(net.per_gene(context)[0], model.genes), action=frame(action, names), cell=frame(cell, cells.obs_names[rows]))
 
 def _action_embedding(net, context, actions):
-    if net.config.preset == "v0_3": return net.predictor.adapter(action_vector(actions, net.config.action_dim))
+    if net.config.preset != "base": return net.predictor.adapter(action_vector(actions, net.config.action_dim))
     tokens, seen, _ = net.predictor.tokens(actions, net.predictor.gene(context + net.identity))   # [P, A, K, D], [P, A, K]
     return (tokens * seen[..., None])[:, 0].flatten(1)
 
