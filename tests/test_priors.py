@@ -6,7 +6,7 @@ import biojepa as bj
 from biojepa.cells import effects
 from biojepa.featurizers import as_table
 from biojepa.perturbations import Action, actions_of
-from biojepa.priors import Analogy, Prior, agreements, leave_one_out, single_effects, strength
+from biojepa.priors import Analogy, Prior, agreements, by_direction, leave_one_out, single_effects, strength
 from biojepa.readout import Floor
 
 
@@ -39,13 +39,21 @@ def test_what_a_training_target_hears_does_not_hold_its_own_effect(screen, prior
     cells, fold, table, seen = screen
     e = effects(seen)
     targets, beyond, _ = single_effects(actions_of(e.obs), np.asarray(e.X, float), list(cells.var_names))
-    said = lambda b: Analogy().fit(targets, b, table, prior.analogy.setting).held_out
-    rng, clean = np.random.default_rng(0), said(beyond)
-    for row in rng.permutation(len(targets))[:8]:                                 # its effect becomes another's: only the directions may notice
-        swapped = beyond.copy(); swapped[row] = beyond[rng.integers(len(targets))]
-        assert np.corrcoef(said(swapped)[row], clean[row])[0, 1] > 0.9
-    noise = rng.normal(size=beyond.shape)                                         # of pure noise nothing is said that agrees with it
-    assert abs(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(said(noise), noise) if a.std() > 0] or [0])) < 0.1
+    spoilt = beyond.copy(); spoilt[3] += 100
+    said = [Analogy().fit(targets, b, table, prior.analogy.setting).held_out for b in (beyond, spoilt)]
+    assert np.allclose(said[0][3], said[1][3], atol=1e-6) and not np.allclose(said[0], said[1])
+
+
+def test_directions_hardly_notice_a_row_that_is_left_out():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 6)); K = x @ x.T / 6
+    y = K @ rng.normal(size=(200, 5)) @ rng.normal(size=(5, 60)) / 10 + rng.normal(size=(200, 60))
+    clean = by_direction(K, y, 10.0)[0]
+    for row in rng.permutation(200)[:8]:                                          # its effect becomes another's: only the directions may notice
+        swapped = y.copy(); swapped[row] = y[row - 1]
+        assert np.corrcoef(by_direction(K, swapped, 10.0)[0][row], clean[row])[0, 1] > 0.95
+    noise = rng.normal(size=y.shape)
+    assert abs(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(by_direction(K, noise, 10.0)[0], noise)])) < 0.03
 
 
 def test_the_target_itself_says_nothing_and_doses_are_divided_out():
