@@ -1,7 +1,7 @@
 """The ladder: every version of the model, and every baseline, on perturbations that nobody chose.
 
     python benchmarks/ladder.py floor            # closed form, its terms, all baselines: simulator (1,000 genes, five folds, three seeds) and real screens
-    python benchmarks/ladder.py network          # networks with each part off, without the floor: simulator (256 genes, singles and pairs), three seeds
+    python benchmarks/ladder.py network          # networks with each part off, without the floor: simulator and Norman (256 genes, singles and pairs), three seeds
     python benchmarks/ladder.py pretraining      # with and without pretraining, from 25 to 200 training perturbations and from 300 to 6,000 control cells
 
 Writes benchmarks/ladder_STAGE.csv, one row per perturbation, and goes on where it stopped. Real screens need BIOJEPA_DATA."""
@@ -28,9 +28,9 @@ def simulator(n_genes, n_perturbations, n_doubles, seed, n_controls=None):
     cells = bj.prepare(bj.simulate(n_genes=n_genes, n_perturbations=n_perturbations, n_doubles=n_doubles, cells_per_perturbation=40, n_controls=n_controls, seed=seed), n_genes=n_genes)
     return cells, bj.simulated_features(cells)
 
-def norman():
+def norman(n_genes=500):
     raw = anndata.read_h5ad(DATA/"data/norman19_mcfaline23/devel.h5ad")
-    cells = bj.prepare(raw[(raw.obs.dataset == "norman19").values].copy(), "condition", kind="log1p", mode="CRISPRa", total="ncounts", n_genes=500)
+    cells = bj.prepare(raw[(raw.obs.dataset == "norman19").values].copy(), "condition", kind="log1p", mode="CRISPRa", total="ncounts", n_genes=n_genes)
     return cells, SOURCES
 
 def papalexi():
@@ -56,6 +56,7 @@ STAGES["network"] = {
     "single cells (m = 1)": ALONE | dict(training=dict(cells=1)), "features shuffled": ALONE | dict(features=shuffled), "v0_3": dict(preset="v0_3"),
     "VICReg on changes": ALONE | dict(training=dict(vicreg_weight=0.1)), "encoder trained on": ALONE | dict(training=dict(freeze=False)),
     "no noise on features": ALONE | dict(model=dict(feature_noise=0.0)), "v0_2": dict(preset="v0_2")}
+REAL = ("base", "network alone", "no pretraining", "features shuffled", "v0_3", "v0_2") # of those, on Norman
 PRETRAINED = (0, 160) # steps
 STAGES["pretraining"] = {f"{n} perturbations, {k} steps of pretraining": ALONE | dict(few=n, controls=1200, pretraining=dict(steps=k)) for n in (25, 50, 100, 200) for k in PRETRAINED}
 STAGES["pretraining"] |= {f"{n} control cells, {k} steps of pretraining": ALONE | dict(few=100, controls=n, pretraining=dict(steps=k)) for n in (300, 6000) for k in PRETRAINED}
@@ -70,7 +71,11 @@ def screens(stage):
         else:
             cells, features = simulator(256, 150, 50, seed) if stage == "network" else simulator(256, 240, 0, seed, 6000)
             yield "simulator", seed, 0, cells, features, split(cells, "simulation", seed=seed) if stage == "network" else folds(cells, 5, seed=seed)[0]
-    if stage != "floor" or not SOURCES[0].exists(): return
+    if stage == "pretraining" or not SOURCES[0].exists(): return
+    if stage == "network":
+        cells, features = norman(256)
+        for seed in range(3): yield "norman", seed, 0, cells, features, split(cells, "simulation", seed=seed)
+        return
     for name, read in (("norman", norman), ("papalexi", papalexi)):
         cells, features = read()
         for seed in range(3):
@@ -112,7 +117,7 @@ def main(stage):
         write = csv.DictWriter(f, FIELDS)
         if new: write.writeheader()
         for data, seed, fold, cells, FEATURES, s in screens(stage):
-            todo = [n for n in STAGES[stage] if (stage, data, str(seed), str(fold), n) not in done]
+            todo = [n for n in STAGES[stage] if (stage != "network" or data == "simulator" or n in REAL) and (stage, data, str(seed), str(fold), n) not in done]
             if not todo: continue
             truth = observed(cells, s, "test")
             centre = effects(s.cells(cells, "train")).X.mean(0)

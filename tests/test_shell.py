@@ -134,7 +134,7 @@ def test_a_warning_is_a_word_and_not_a_place_in_the_code(cells, annotations, tmp
     shell("features", cells, "--out", tmp_path / "f", "--go", annotations)
     shell("fit", cells, "--out", tmp_path / "m", "--features", tmp_path / "f", "--steps", 4, "--pretraining-steps", 4, "--no-progress", "--device", "cpu")
     out = subprocess.run([sys.executable, "-c", "from biojepa.cli import main; main()", "predict", tmp_path / "m", cells, "GATA1", "--out", tmp_path / "p.h5ad"], capture_output=True, text=True)
-    assert out.returncode == 0 and "MissingFeatures: no feature source knows GATA1\n" in out.stderr and ".py" not in out.stderr, out.stderr
+    assert out.returncode == 0 and "MissingFeatures: nothing is known of GATA1" in out.stderr and ".py" not in out.stderr, out.stderr
 
 
 @pytest.mark.parametrize("words, says", [(["features", "{cells}"], "name a source: --go, --proteins or both"), (["features", "{messy}", "--go", "x"], "run biojepa prepare first"),
