@@ -6,10 +6,14 @@
 
 Writes benchmarks/ladder_STAGE.csv, one row per perturbation, and goes on where it stopped. Real screens need BIOJEPA_DATA."""
 import csv, os, sys, time, warnings
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import anndata
 import numpy as np
+import torch
 
 import biojepa as bj
 from biojepa.baselines import beyond, pearson_rows
@@ -17,6 +21,8 @@ from biojepa.cells import CONTROL, effects
 from biojepa.cli import real_splits
 from biojepa.more_baselines import ALL_BASELINES
 from biojepa.featurizers import as_table
+from biojepa.losses import effect_loss
+from biojepa.predictor import ActionTokens, Predictor
 from biojepa.splits import Split, folds, split
 
 FIELDS = ["stage", "data", "seed", "fold", "name", "perturbation", "group", "pearson_delta", "pearson_pert", "rmse", "size", "std", "covered", "gate", "seconds"]
@@ -50,13 +56,29 @@ STAGES = {"floor": {
     "neither": FLOOR | dict(features=None, floor_options=dict(use_response=False)), "features shuffled": FLOOR | dict(features=shuffled),
     **{f"baseline: {n}": n for n in ALL_BASELINES if n != "copy_source"}}}
 
+# parts that have no option: what stands in their place
+def one_token(self, *args, told=ActionTokens.forward):
+    "Every token of a part is the mean of those that are there, so attention has nothing to choose from."
+    tokens, seen, strength = told(self, *args)
+    here = seen[..., None].to(tokens)
+    return ((tokens * here).sum(2, keepdim=True) / here.sum(2, keepdim=True).clamp(min=1)).expand_as(tokens), seen, strength
+
+def no_target(self, context, identity, action, generator=None, stream=Predictor.stream):
+    "Nobody says which gene is hit."
+    return stream(self, context, identity, replace(action, target=torch.full_like(action.target, -1)), generator)
+
+def unweighted(guess, delta, centre, weight): return effect_loss(guess, delta, centre, torch.ones_like(weight))
+
 ALONE = dict(floor=False)
 STAGES["network"] = {
     "base": {}, "network alone": ALONE, "no pretraining": ALONE | dict(pretraining=dict(steps=0)), "no latent term": ALONE | dict(training=dict(nll_weight=0.0)),
     "single cells (m = 1)": ALONE | dict(training=dict(cells=1)), "features shuffled": ALONE | dict(features=shuffled), "v0_3": dict(preset="v0_3"),
     "VICReg on changes": ALONE | dict(training=dict(vicreg_weight=0.1)), "encoder trained on": ALONE | dict(training=dict(freeze=False)),
-    "no noise on features": ALONE | dict(model=dict(feature_noise=0.0)), "v0_2": dict(preset="v0_2")}
-REAL = ("base", "network alone", "no pretraining", "features shuffled", "v0_3", "v0_2") # of those, on Norman
+    "no noise on features": ALONE | dict(model=dict(feature_noise=0.0)), "v0_2": dict(preset="v0_2"), "base, closed form": FLOOR,
+    "inverse dynamics": ALONE | dict(training=dict(inverse_weight=0.1)), "energy distance": ALONE | dict(training=dict(energy_weight=1.0)),
+    "no target-gene token": ALONE | dict(instead=("predictor.Predictor.stream", no_target)), "one action token": ALONE | dict(instead=("predictor.ActionTokens.forward", one_token)),
+    "effect loss unweighted": ALONE | dict(instead=("training.effect_loss", unweighted))}
+REAL = ("base", "base, closed form", "network alone", "no pretraining", "features shuffled", "v0_3", "v0_2") # of those, on Norman
 PRETRAINED = (0, 160) # steps
 STAGES["pretraining"] = {f"{n} perturbations, {k} steps of pretraining": ALONE | dict(few=n, controls=1200, pretraining=dict(steps=k)) for n in (25, 50, 100, 200) for k in PRETRAINED}
 STAGES["pretraining"] |= {f"{n} control cells, {k} steps of pretraining": ALONE | dict(few=100, controls=n, pretraining=dict(steps=k)) for n in (300, 6000) for k in PRETRAINED}
@@ -100,10 +122,12 @@ def judge(cells, s, names, options, seed):
     if isinstance(options, str):
         return ALL_BASELINES[options]().fit(cells, s, FEATURES).answer(names, cells.obs.cell_type.iloc[0]), None
     options = dict(options)
-    few, controls, features = options.pop("few", None), options.pop("controls", None), options.pop("features", FEATURES)
+    few, controls, features, instead = (options.pop(k, v) for k, v in (("few", None), ("controls", None), ("features", FEATURES), ("instead", None)))
     cells = fewer_controls(cells, controls)
-    model = bj.BioJEPA.fit(cells, fewer(s, few), features=features(FEATURES) if callable(features) else features, seed=seed, progress=False, **options)
-    return model.predict(cells, names), model.gate
+    with ExitStack() as other:
+        if instead: other.enter_context(patch(f"biojepa.{instead[0]}", instead[1]))
+        model = bj.BioJEPA.fit(cells, fewer(s, few), features=features(FEATURES) if callable(features) else features, seed=seed, progress=False, **options)
+        return model.predict(cells, names), model.gate
 
 
 def main(stage):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 # %% ../nbs/41_training.ipynb #c004
 from .cells import effects
 from .featurizers import encode_actions
-from .losses import effect_loss, gaussian_nll, vicreg, vicreg_flat
+from .losses import effect_loss, energy_distance, gaussian_nll, inverse_dynamics, vicreg, vicreg_flat
 from .pretraining import Loop, LoopConfig, draw_genes
 from .perturbations import actions_of
 
@@ -32,6 +32,8 @@ class TrainConfig(LoopConfig):
     nll_weight: float = 0.1     # latent term: where do the teacher's latents go?
     vicreg_weight: float = 0.0  # against collapse of the predicted change; frozen targets cannot collapse
     effect_weight: float = 1.0  # expression term: which genes change?
+    inverse_weight: float = 0.0 # inverse dynamics: does the predicted change tell the observed one from those of other actions?
+    energy_weight: float = 0.0  # energy distance between controls plus the effect and treated cells, beyond the mean
 
 # %% ../nbs/41_training.ipynb #c010
 def action_loss_v03(
@@ -101,14 +103,18 @@ def action_loss_base(
     with torch.set_grad_enabled(grad):
         context = control_states(model, batch, torch.zeros_like(rows) if line is None else line, config.context, genes)
     change, parts = model(context, actions, generator=generator, genes=genes), {}
-    if config.nll_weight:
+    if config.nll_weight or config.inverse_weight:
         with torch.no_grad():
             treated, control = (model.context(x, total, teacher=True, genes=genes)
                                 for x, total in ((batch.treated, batch.treated_total), (batch.control, batch.control_total)))
         parts["nll"] = gaussian_nll(change.mean, change.log_variance, treated - control)           # [B, G, D]
+        if config.inverse_weight: parts["inverse"] = inverse_dynamics((treated - control).mean(1), change.mean.mean(1), rows)
     if config.vicreg_weight: parts["vicreg"] = vicreg(change.mean.mean(1))
     delta, weight = (target.delta[rows], target.weight) if genes is None else (target.delta[rows][:, genes], target.weight[genes])
     parts["effect"] = effect_loss(change.delta, delta, torch.zeros_like(weight), weight)
+    if config.energy_weight:
+        control, treated = ((x if genes is None else x[..., genes]) for x in (batch.control, batch.treated))   # [B, M, G]
+        parts["energy"] = energy_distance(control + change.delta[:, None], treated).mean() / len(weight) ** .5
     return parts
 
 # %% ../nbs/41_training.ipynb #c023
@@ -132,7 +138,7 @@ def train(
     if base:
         for p in model.masked_predictor.parameters(): p.requires_grad_(False)
         target = EffectTarget(target.delta.to(device), target.weight.to(device))
-    weights = {"nll": config.nll_weight, "vicreg": config.vicreg_weight, "effect": config.effect_weight} if base else {"nll": 1.0, "vicreg": 0.1}
+    weights = {"nll": config.nll_weight, "vicreg": config.vicreg_weight, "effect": config.effect_weight, "inverse": config.inverse_weight, "energy": config.energy_weight} if base else {"nll": 1.0, "vicreg": 0.1}
     per_epoch = max(1, int(sampler.groups.n_cells.sum()) // config.sets)
     line = torch.as_tensor(pd.factorize(sampler.groups.cell_type)[0])
 
