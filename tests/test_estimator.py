@@ -2,6 +2,7 @@
 import copy
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from biojepa.cells import MODES, BadCells, add_mode, effects, prepare
 from biojepa.cli import budget, real_splits
-from biojepa.estimator import BioJEPA, centred_correlation
+from biojepa.estimator import BioJEPA, centred_correlation, earned
 from biojepa.describe import Symbols
 from biojepa.featurizers import BadFeatures, MissingFeatures, as_table, encode_actions
 from biojepa.model import among, build, configure
@@ -297,6 +298,18 @@ def test_the_network_can_be_all_or_nothing(screen):
     name = [n for n in fold.test if "+" not in n][0]
     change = bare.predict(cells, [name], cell_type="LINE0").layers["delta"][0]
     assert bare.floor is None and bare.gate == 1 and change.any()
+    assert BioJEPA.fit(cells, replace(fold, val=()), features=features, **TINY).gate == 0                    # nobody to show it to
+
+
+def test_a_network_is_let_in_only_when_validation_gains_clearly():
+    rng = np.random.default_rng(0)
+    truth, floor, centre = rng.normal(size=(24, 60)), np.zeros((24, 60)), rng.normal(size=60)
+    knows = 2*truth + rng.normal(size=truth.shape)
+    assert 0.3 < earned(knows, floor, truth, centre) < 0.5
+    assert earned(-knows, floor, truth, centre) == 0 and earned(floor, floor, truth, centre) == 0
+    assert earned(knows[:1], floor[:1], truth[:1], centre) == 0                                              # one name is no proof
+    lucky = np.where(np.arange(24)[:, None] < 2, 9*truth, rng.normal(size=truth.shape))                      # two names carry the regression, the others lose
+    assert earned(lucky, 0.9*truth, truth, 0*centre) == 0
 
 
 @few
