@@ -124,11 +124,12 @@ LEVELS = (10, 30, 50, 70, 90) # per cent
 
 def _inside(case, level):
     if case.std is None: return case.nothing()
-    return (np.abs(case.observed - case.predicted) <= norm.ppf(.5 + level / 200) * case.std).mean(1)
+    noise = 0 if case.sem is None else np.nan_to_num(case.sem)
+    return (np.abs(case.observed - case.predicted) <= norm.ppf(.5 + level / 200) * np.sqrt(case.std**2 + noise**2)).mean(1)
 
-for level in LEVELS: metric(f"inside_{level}", f"Share of genes whose observed change lies in the {level} % interval.", best="", unit="share", level="quantity")(lambda case, level=level: _inside(case, level))
+for level in LEVELS: metric(f"inside_{level}", f"Share of genes whose observed change lies in the {level} % interval, widened by its own standard error.", best="", unit="share", level="quantity")(lambda case, level=level: _inside(case, level))
 
-@metric("coverage_90", "Share of genes whose observed change lies within d_hat +- 1.645 std. Should be 0.9; neither high nor low is good.", best="", unit="share")
+@metric("coverage_90", "Share of genes whose observed change lies within d_hat +- 1.645 sqrt(std^2 + sem^2), sem being its own standard error where it is known. Should be 0.9; neither high nor low is good.", best="", unit="share")
 def coverage_90(case): return _inside(case, 90)
 
 @metric("uncertainty", "Mean over genes of the predicted standard deviation.", **QUANTITY)

@@ -96,7 +96,7 @@ def answers_with_std(
     predictor, # a model, a function of names, an AnnData, its h5ad, or a DataFrame (names x genes)
     tested: AnnData, # of `held_out`; a model sees its controls
     truth: AnnData, # rows to answer for
-) -> tuple[np.ndarray, np.ndarray | None]: # effects [P, G], and their standard deviations where layers['std'] gives them
+) -> tuple[np.ndarray, np.ndarray | None]: # effects [P, G], and the standard deviations of the true ones where layers['std'] gives them
     "Predicted effects in the rows and genes of `truth`. Raises KeyError naming the first perturbation or gene without an answer, ValueError for one that is no number or there twice."
     if not hasattr(predictor, "predict") and not callable(predictor): predictor = _open(predictor)     # a file is read once
     settings, values, std = truth.obs.groupby(["mode", "dose"], observed=True).indices, np.empty(truth.shape), np.full(truth.shape, np.nan)
