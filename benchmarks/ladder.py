@@ -67,6 +67,10 @@ def no_target(self, context, identity, action, generator=None, stream=Predictor.
     "Nobody says which gene is hit."
     return stream(self, context, identity, replace(action, target=torch.full_like(action.target, -1)), generator)
 
+def untied(self, context, identity, action, generator=None, stream=Predictor.stream):
+    "Every gene sees the mean of all tokens in place of its own."
+    return stream(self, context.mean(-2, keepdim=True).expand_as(context), identity, action, generator)
+
 def unweighted(guess, delta, centre, weight): return effect_loss(guess, delta, centre, torch.ones_like(weight))
 
 ALONE = dict(floor=False)
@@ -77,6 +81,7 @@ STAGES["network"] = {
     "no noise on features": ALONE | dict(model=dict(feature_noise=0.0)), "v0_2": dict(preset="v0_2"), "base, closed form": FLOOR,
     "inverse dynamics": ALONE | dict(training=dict(inverse_weight=0.1)), "energy distance": ALONE | dict(training=dict(energy_weight=1.0)),
     "no target-gene token": ALONE | dict(instead=("predictor.Predictor.stream", no_target)), "one action token": ALONE | dict(instead=("predictor.ActionTokens.forward", one_token)),
+    "tokens not tied to their own gene": ALONE | dict(instead=("predictor.Predictor.stream", untied)),
     "effect loss unweighted": ALONE | dict(instead=("training.effect_loss", unweighted))}
 REAL = ("base", "base, closed form", "network alone", "no pretraining", "features shuffled", "v0_3", "v0_2") # of those, on Norman
 PRETRAINED = (0, 160) # steps

@@ -1,6 +1,6 @@
 """Does self-supervised pretraining know anything of wiring? Seven ways to pretrain the encoder of `base`, and what a closed form can make of the gene embeddings.
 
-    python benchmarks/remedies.py                # seeds 101 to 103; about half an hour on one core
+    python benchmarks/remedies.py                # seeds 101 to 103; about half an hour on one core; goes on where it stopped
 
 Each embedding becomes the only feature source of the closed form, which weighs it on targets left out and judges on unseen genes: a linear probe for knowledge of perturbations.
 Beside it the rank of the embeddings (exp of the entropy of their singular values), and how well the state of a set tells which perturbation it had. Writes benchmarks/remedies.csv."""
@@ -124,18 +124,25 @@ def correlations(X, n=32):
 
 def main(seeds):
     warnings.filterwarnings("ignore")
-    with open(Path(__file__).parent/"remedies.csv", "w", newline="") as f:
-        out = csv.DictWriter(f, FIELDS); out.writeheader()
+    path, done = Path(__file__).parent/"remedies.csv", set()
+    if path.exists():
+        with open(path) as f: done = {(r["seed"], r["pretraining"]) for r in csv.DictReader(f)}
+    with open(path, "a", newline="") as f:
+        out = csv.DictWriter(f, FIELDS)
+        if not done: out.writeheader()
         def write(**row): out.writerow(row); f.flush(); print(row, flush=True)
         for seed in seeds:
             cells = bj.prepare(bj.simulate(n_genes=GENES, n_perturbations=200, cells_per_perturbation=40, seed=seed), n_genes=GENES)
             split = folds(cells, 5, seed=seed)[0]; seen = split.cells(cells, "train")
             frame = lambda v: pd.DataFrame(v, index=list(cells.var_names))
-            write(seed=seed, pretraining="no embedding", **judged(cells, split, None))
-            write(seed=seed, pretraining="the simulator's features", **judged(cells, split, bj.simulated_features(cells)))
+            todo = lambda name: (str(seed), name) not in done
+            for name, features in {"no embedding": None, "the simulator's features": bj.simulated_features(cells)}.items():
+                if todo(name): write(seed=seed, pretraining=name, **judged(cells, split, features))
             plain = {"co-expression of control cells": dense(seen[(seen.obs.perturbation == CONTROL).values].X), "co-response to training perturbations": effects(seen).X}
-            for name, X in plain.items(): write(seed=seed, pretraining=name, embedding="components", **judged(cells, split, frame(correlations(np.asarray(X, float)))))
+            for name, X in plain.items():
+                if todo(name): write(seed=seed, pretraining=name, embedding="components", **judged(cells, split, frame(correlations(np.asarray(X, float)))))
             for name, way in {"none": None, **WAYS}.items():
+                if not todo(name): continue
                 model = pretrained(seen, seed, 0 if way is None else STEPS, **(way or {}))
                 embeddings, rank, told = asked(model, seen, (way or {}).get("m", 1))
                 for kind, v in embeddings.items(): write(seed=seed, pretraining=name, embedding=kind, rank=f"{rank:.1f}", tells_perturbation=f"{told:.3f}", **judged(cells, split, frame(v)))

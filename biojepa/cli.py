@@ -246,10 +246,11 @@ def make_features(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad: features of their targets and genes."), out: Path = typer.Option(Path("features"), help="Folder; give it to --features."),
     go: Optional[Path] = typer.Option(None, help="Annotations of the Gene Ontology, such as goa_human.gaf.gz."),
     proteins: Optional[Path] = typer.Option(None, help="Protein sequences with gene names, such as UP000005640_9606.fasta.gz of UniProt."),
+    smiles: Optional[Path] = typer.Option(None, help="Structures of drugs: csv or tsv, names first, a column smiles."), sequences: Optional[Path] = typer.Option(None, help="DNA or RNA of guides or transcripts, FASTA: their words of four letters."),
     model: str = typer.Option("esm2_t6_8M_UR50D", help="ESM-2 for --proteins: a name, downloaded once, or a file."), targets_only: bool = typer.Option(False, help="Not the genes that nobody perturbed."),
     aliases: Optional[Path] = typer.Option(None, help="HGNC's complete set, to find renamed genes."), device: Optional[str] = typer.Option(None, help="cpu, cuda or mps, for ESM-2; the best at hand without it."), progress: bool = typer.Option(True, help="Show bars."),
 ):
-    """Features of genes from public files: what `fit` tells an unseen gene by.
+    """Features of targets from public files: what `fit` tells an unseen gene or drug by.
 
     Example: biojepa features cells.h5ad --out features --go goa_human.gaf.gz --proteins UP000005640_9606.fasta.gz
     """
@@ -258,28 +259,46 @@ def make_features(
     if "biojepa" not in data.uns: raise ValueError(f"{cells} was not prepared; run biojepa prepare first")
     targets = sorted({p for n in data.obs.perturbation.astype(str).unique() if n != CONTROL for p in parts(n)})
     names = list(dict.fromkeys([*targets, *([] if targets_only else data.var_names)]))
-    for n, frame in _sources(names, go, proteins, model, aliases, device, progress).items():
+    for n, frame in _sources(names, go, proteins, smiles, sequences, model, aliases, device, progress).items():
         out.mkdir(parents=True, exist_ok=True)
         frame.rename(columns=str).to_parquet(out/f"{n}.parquet")
         lost = [t for t in targets if t not in frame.index]
         typer.echo(f"{out/n}.parquet: {len(frame)} genes x {frame.shape[1]}; {len(targets) - len(lost)} of {len(targets)} targets" + (f", not {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}" if lost else ""))
 
-def _sources(names, go, proteins, model, aliases, device, progress):
+def _sources(names, go, proteins, smiles, sequences, model, aliases, device, progress):
     "Source -> DataFrame for those of the names that it knows."
     from biojepa.describe import Symbols, UnknownGene, describe, go_features
     from biojepa.pretraining import pick_device
-    from biojepa.proteins import load_esm2, protein_features, read_proteins
-    if go is None and proteins is None: raise ValueError("name a source: --go, --proteins or both")
+    from biojepa.molecules import molecule_features
+    from biojepa.nucleotides import kmer_profile
+    from biojepa.proteins import load_esm2, protein_features, read_fasta, read_proteins
+    if not (go or proteins or smiles or sequences): raise ValueError("name a source: --go, --proteins, --smiles or --sequences")
     symbols = Symbols.read(aliases) if aliases else None
     def today(n):
         try: return symbols.resolve(n) if symbols else n
         except UnknownGene: return n
     found = {"go": go_features(go)} if go else {}
+    if smiles: found |= molecule_features(_asked(_structures(smiles), names, smiles), progress=progress)
+    if sequences: found["words"] = kmer_profile(_asked(read_fasta(sequences), names, sequences), progress=progress)
     if proteins:
         known = read_proteins(proteins)
         both = {g for n in names for g in (n, today(n)) if g in known}
         found |= protein_features(sorted(both), known, load_esm2(model, str(pick_device(device))), source="esm2", progress=progress)
     with warnings.catch_warnings(): warnings.simplefilter("ignore"); return describe(names, found, symbols).sources
+
+def _structures(path):
+    "Name -> SMILES of a table."
+    import pandas as pd
+    table = pd.read_csv(path, sep=None, engine="python", index_col=0)
+    column = next((c for c in table if str(c).lower() in ("smiles", "canonical_smiles", "inchi")), None)
+    if column is None: raise ValueError(f"{path} has no column smiles; it has {list(table)}")
+    return table[column].dropna().astype(str).to_dict()
+
+def _asked(known, names, path):
+    "What a file knows of the names."
+    own = {n: known[n] for n in names if n in known}
+    if not own: raise ValueError(f"{path} has none of the targets: it has names such as {', '.join(map(str, list(known)[:3]))}, the cells {', '.join(names[:3])}")
+    return own
 
 # %% ../nbs/80_cli.ipynb #c027
 @app.command()
@@ -306,6 +325,8 @@ def fit(
 def predict(
     model: Path = typer.Argument(..., help="Folder that `fit` wrote."), cells: Path = typer.Argument(..., help="Prepared cells with controls, h5ad."),
     names: List[str] = typer.Argument(..., help="Perturbations, such as KLF1 or KLF1+MAPK1."), out: Path = typer.Option(Path("predictions.h5ad"), help="Where to."),
+    mode: Optional[str] = typer.Option(None, help="What is done to the targets: CRISPRi, drug, ...; CRISPRi+drug for the parts of a combination. As in training without it."), dose: Optional[float] = typer.Option(None, help="1 without it."),
+    hours: Optional[float] = typer.Option(None, "--time", help="Hours; as in training without it."), cell_type: Optional[str] = typer.Option(None, help="One cell type; all that have controls without it."),
     features: Optional[List[Path]] = typer.Option(None, help="Features of targets that the model has none of, in files called as those of the fit."),
     symbols: Optional[Path] = typer.Option(None, help="HGNC's complete set, to find targets under their other names."),
 ):
@@ -316,7 +337,8 @@ def predict(
     from biojepa.estimator import BioJEPA
     from biojepa.describe import Symbols
     known = Symbols.read(symbols) if symbols else None
-    answer = BioJEPA.load(model).predict(anndata.read_h5ad(cells), names, features=list(features) if features else None, symbols=known)
+    told = {k: v for k, v in dict(cell_type=cell_type, mode=mode, dose=dose, time=hours, features=list(features or ()), symbols=known).items() if v not in (None, [])}
+    answer = BioJEPA.load(model).predict(anndata.read_h5ad(cells), names, **told)
     answer.write_h5ad(out)
     top = answer.to_df().T.abs()
     for n in answer.obs_names: typer.echo(f"{n} (support {answer.obs.support[n]:.2f}): {', '.join(top[n].nlargest(8).index)}")

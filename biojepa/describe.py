@@ -163,7 +163,7 @@ def known_targets(
     symbols: Symbols | None = None, # None: names as they are
     genes=(), # measured genes, of which a model knows at least the expression
 ) -> pd.DataFrame: # name: target (the name that the model has for it), seen, missing (sources that lack it, 'everything' for a stranger), why
-    "What a fitted model knows of each target. An alias is tried only for a name of which nothing is known."
+    "What a fitted model knows of each target. An alias is tried only for a name of which nothing is known, and names nearby are told."
     frames, rows = {} if table is None else table.sources, []
     ranks = [set(seen), set().union(*(f.index for f in frames.values())), set(genes)]
     for n in names:
@@ -174,10 +174,17 @@ def known_targets(
         target = next((c for r in ranks for c in [n, *others] if c in r), n)
         lacking = [s for s, f in frames.items() if target not in f.index]
         stranger = not any(target in r for r in ranks[:2])
+        if stranger and not why and sum(bool(r[3]) for r in rows) < 3: why = _near(n, ranks)              # as many as a warning tells
         rows.append((target, target in ranks[0], "everything" if stranger else ", ".join(lacking), why))
     return pd.DataFrame(rows, index=list(names), columns=["target", "seen", "missing", "why"])
 
 # %% ../nbs/25_describe.ipynb #c027
+def _near(name, ranks):
+    "Names that the model knows and that are written alike, as text."
+    known = {n.upper(): n for r in reversed(ranks) for n in r}
+    near = [known[m] for m in difflib.get_close_matches(str(name).upper(), known, 3, 0.8)]
+    return f"{name} is near {', '.join(near)}" if near else ""
+
 def warn_unknown(
     known: pd.DataFrame, # of `known_targets`
 ):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 # %% ../nbs/43_estimator.ipynb #c004
-from .cells import CONTROL, MODES, BadCells, add_mode, check, dense, effects, gene_hash, join_parts, parts
+from .cells import CONTROL, MODES, BadCells, add_mode, check, dense, effects, gene_hash, join_parts, part_modes, parts
 from .describe import Symbols, known_targets, more_targets, warn_unknown
 from .featurizers import FeatureTable, MissingFeatures, as_table, encode_actions
 from .model import ModelConfig, build, configure
@@ -106,7 +106,7 @@ def _fit(cls,
     self = cls(build(config, seed), cells.var_names)
     self.split, self.table, self.seed, self.gene_hash = split, table, seed, gene_hash(cells.var_names)
     groups = seen.obs[seen.obs.perturbation != CONTROL]
-    self.modes = {p: m for n, m in zip(groups.perturbation, groups["mode"]) for p in parts(n)}
+    self.modes = {p: own for n, m in zip(groups.perturbation, groups["mode"]) for p, own in part_modes(n, m)}
     self.time = float(groups.time.mode().iloc[0]) if groups.time.notna().any() else None
     _reference(self.model, seen)
     settings = dict(preset=preset, seed=seed, network=network, floor=floor, model=asdict(config),
@@ -287,10 +287,10 @@ def _calibrate(self: Run):
     held = self.split_effects("val")
     if held is not None:
         mean, std = owner.moments(self.cells, actions_of(held.obs), list(held.obs.cell_type))
-        ratios.append((np.abs(held.X - mean) / np.sqrt(std**2 + held.layers["sem"]**2)).ravel())
+        ratios.append((np.abs(held.X - mean) / np.sqrt(std**2 + held.layers["sem"]**2).clip(1e-9)).ravel())
     if owner.floor:
         noise = effects(self.seen).layers["sem"]
-        ratios.append((np.abs(owner.floor.truth - owner.floor.held_out) / np.sqrt(owner.floor.held_out_std**2 + noise**2)).ravel())
+        ratios.append((np.abs(owner.floor.truth - owner.floor.held_out) / np.sqrt(owner.floor.held_out_std**2 + noise**2).clip(1e-9)).ravel())
     if ratios: owner.stretch = max(float(np.quantile(r, 0.9)) for r in ratios) / 1.6449
 
 Run.calibrate = _calibrate
@@ -325,13 +325,15 @@ BioJEPA._control_means = _control_means
 
 # %% ../nbs/43_estimator.ipynb #c034
 def _action(self: BioJEPA, name, mode, dose, time=None):
-    "An Action for a name; the mode of a target is the one that it had in training, or the commonest one. So is the time."
+    "An Action for a name; the mode of a target is the one that it had in training, or the commonest one. So is the time. Each may be given for all parts, or as a dict of parts."
     common = max(sorted(set(self.modes.values())), key=list(self.modes.values()).count) if self.modes else "CRISPRi"
     if name == CONTROL: return Action(())
     written = [p.strip() for p in name.split("+")]
-    given = mode if isinstance(mode, dict) else dict.fromkeys(written, mode)
-    hours = self.time if time is None else time
-    return Action.parse(name, mode=[given.get(p) or self.modes.get(p, common) for p in written], dose=1.0 if dose is None else dose, time=np.nan if hours is None else hours)
+    def each(value, default):
+        if isinstance(value, str): value = dict(zip(written, value.split("+") if "+" in value else [value] * len(written)))
+        own = [value.get(p) if isinstance(value, dict) else value for p in written]
+        return [default(p) if v is None else v for p, v in zip(written, own)]
+    return Action.parse(name, each(mode, lambda p: self.modes.get(p, common)), each(dose, lambda p: 1.0), each(time, lambda p: np.nan if self.time is None else self.time))
 
 def _support(self: BioJEPA, actions):
     "How near each action is to the training actions, 0 to 1; the worst part counts. A seen target is 1, a mode that training had not is 0."
@@ -366,7 +368,7 @@ def _meant(self: BioJEPA, names, mode, dose, time, symbols):
     known = known_targets(_targets(names), self.table, self._seen(), symbols, self.genes)
     warn_unknown(known)
     own = known.target.to_dict()
-    if isinstance(mode, dict): mode = {own.get(t, t): m for t, m in mode.items()}
+    mode, dose, time = ({own.get(t, t): x for t, x in v.items()} if isinstance(v, dict) else v for v in (mode, dose, time))
     actions = [self._action("+".join(own.get(p.strip(), p) for p in n.split("+")), mode, dose, time) for n in names]
     strange = sorted({p.mode for a in actions for p in a.parts} - set(self.modes.values()))
     if strange and self.modes: warnings.warn(f"no training action was of mode {', '.join(strange)} (there were {', '.join(sorted(set(self.modes.values())))}): support 0", MissingFeatures, stacklevel=3)
@@ -380,12 +382,12 @@ def _predict(self: BioJEPA,
     cells: AnnData, # prepared cells that hold control cells of the context
     names: list, # perturbations, such as 'GENE7' or 'GENE7+GENE9'; any order, seen or not
     cell_type: str | None = None, # one context; None: every cell type of the control cells
-    mode: str | dict | None = None, # of all targets, or target -> mode; None: as in training, the commonest for others
-    dose: float | None = None, # None: 1
+    mode: str | dict | None = None, # of all targets, 'CRISPRi+drug' for the parts as named, or target -> mode; None: as in training, the commonest for others
+    dose: float | dict | None = None, # of all targets, or target -> dose; None: 1
     cells_out: int = 0, # over 0: return that many treated cells per row instead of one effect
     features=None, # of targets that the model has no features of, see `knowing`
     symbols: Symbols | None = None, # aliases, for names of which nothing is known
-    time: float | None = None, # hours; None: the commonest of training
+    time: float | dict | None = None, # hours, of all targets, or target -> hours; None: the commonest of training
 ) -> AnnData: # rows (perturbation, context); layers delta, mean, std; obs perturbation, cell_type, support, missing
     "The effect of each perturbation in each context. Warns of what is unknown. Raises BadCells for cells that were prepared differently, naming the difference."
     if features is not None: return self.knowing(features).predict(cells, names, cell_type, mode, dose, cells_out, None, symbols, time)

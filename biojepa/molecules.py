@@ -25,6 +25,7 @@ except ImportError as e: raise ImportError("molecules need RDKit: pip install 'b
 # %% ../nbs/23_molecules.ipynb #c009
 from .cells import SCHEMA, gene_hash
 from .featurizers import MissingFeatures
+from .proteins import cache_folder, cached
 
 # %% ../nbs/23_molecules.ipynb #c011
 class BadMolecule(ValueError): "A structure that cannot be read; the message names the drug and says why."
@@ -79,11 +80,20 @@ def fingerprints(
     rows = [make.GetFingerprintAsNumPy(m) for m in tqdm(mols.values(), disable=not progress, leave=False)]
     return pd.DataFrame(np.stack(rows).astype(np.float32), index=list(mols))
 
-def descriptors(molecules: dict, progress: bool = False, leave_out: bool = False) -> pd.DataFrame: # as `fingerprints`; molecules x properties
-    "Properties of whole molecules; the formal charge comes last."
+def descriptors(
+    molecules: dict, # name -> SMILES or InChI
+    progress: bool = False,
+    leave_out: bool = False, # as in `parse_molecules`
+    cache=True, # True: `cache_folder`; a folder; None: keep nothing
+) -> pd.DataFrame: # molecules x properties
+    "Properties of whole molecules, from disk where they were computed before; the formal charge comes last."
     mols = parse_molecules(molecules, leave_out)
     row = lambda m: [*(getattr(Descriptors, p)(m) for p in PROPERTIES), *(np.log1p(getattr(Descriptors, p)(m)) for p in LOGGED), Chem.GetFormalCharge(m)]
-    return pd.DataFrame([row(m) for m in tqdm(mols.values(), disable=not progress, leave=False)], index=list(mols), columns=[*PROPERTIES, *LOGGED, "charge"]).astype(np.float32)
+    def compute(todo):
+        for k, text in tqdm(todo.items(), disable=not progress, leave=False): yield k, np.array(row(parse_molecule(text)), np.float32)
+    columns = [*PROPERTIES, *LOGGED, "charge"]
+    found = cached({n: molecules[n] for n in mols}, f"RDKit {rdBase.rdkitVersion} {columns}", compute, cache_folder("molecules") if cache is True else cache)
+    return pd.DataFrame(np.stack(list(found.values())), index=list(found), columns=columns)
 
 # %% ../nbs/23_molecules.ipynb #c024
 def tanimoto(
@@ -96,9 +106,9 @@ def tanimoto(
     return np.where(either > 0, common / np.maximum(either, 1), 1.0)
 
 # %% ../nbs/23_molecules.ipynb #c027
-def molecule_features(molecules: dict, radius: int = 2, bits: int = 2048, progress: bool = True, leave_out: bool = False) -> dict: # as `fingerprints`; source -> DataFrame
-    "Fingerprints and properties, for `FeatureTable`. Nothing is kept on disk: they are made anew each time."
-    return {"Morgan": fingerprints(molecules, radius, bits, progress, leave_out), "properties": descriptors(molecules, progress, leave_out)}
+def molecule_features(molecules: dict, radius: int = 2, bits: int = 2048, progress: bool = True, leave_out: bool = False, cache=True) -> dict: # as `fingerprints` and `descriptors`; source -> DataFrame
+    "Fingerprints and properties, for `FeatureTable`. Of a thousand molecules the former take 0.3 s and are made anew, the latter 3 s and are kept."
+    return {"Morgan": fingerprints(molecules, radius, bits, progress, leave_out), "properties": descriptors(molecules, progress, leave_out, cache)}
 
 # %% ../nbs/23_molecules.ipynb #c031
 def scaffolds(

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../nbs/24_nucleotides.ipynb #c008
-from .proteins import cache_folder, cached
+from .proteins import cache_folder, cached, torch_threads
 
 # %% ../nbs/24_nucleotides.ipynb #c010
 class BadNucleotides(ValueError): "A sequence that cannot be read; the message names it, the letter and its place."
@@ -44,7 +44,7 @@ def kmer_profile(
     both_strands: bool = False, # count a word and its reverse complement as one
     progress: bool = False,
 ) -> pd.DataFrame: # sequences x words; each row adds up to 1
-    "Share of each word of k letters. Needs no weights. Raises BadNucleotides."
+    "Share of each word of k letters. Needs no weights, and no cache: a thousand sequences of 2,000 letters take 0.2 s. Raises BadNucleotides."
     if not 1 <= k <= 8: raise ValueError(f"k = {k}: words have 1 to 8 letters")
     place = 4 ** np.arange(k)[::-1]
     every = ["".join(w) for w in product("ACGT", repeat=k)]
@@ -102,6 +102,7 @@ def embed_texts(
     language: Language, # of `load_language`
     batch: int = 16, # windows at once
     cache=True, # True: `cache_folder`; a folder; None: keep nothing
+    threads: int | None = None, # threads of torch meanwhile; None: as they are
     progress: bool = True,
 ) -> dict: # name -> [D], mean over tokens; marks of begin, end and padding do not count
     "A vector per text, from disk where it was computed before; long texts by windows."
@@ -121,7 +122,7 @@ def embed_texts(
                 real = np.array([t not in marks for t in i]); left[n] -= 1
                 total[n] = [total[n][0] + row[:len(i)][real].sum(0), total[n][1] + real.sum()]
                 if not left[n]: yield n, (total[n][0] / max(total[n][1], 1)).astype(np.float32)
-    return cached(texts, f"language {language.fingerprint}", compute, cache_folder("language") if cache is True else cache)
+    with torch_threads(threads): return cached(texts, f"language {language.fingerprint}", compute, cache_folder("language") if cache is True else cache)
 
 # %% ../nbs/24_nucleotides.ipynb #c023
 def language_features(texts: dict, language: Language, source: str = "language", **kwargs) -> dict: # as `embed_texts`; source -> DataFrame

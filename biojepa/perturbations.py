@@ -52,7 +52,8 @@ class Part:
 
 # %% ../nbs/20_perturbations.ipynb #c025
 def _each(value, n):
-    "One value for each of n parts: a single one is repeated, a list must have n entries."
+    "One value for each of n parts: a single one is repeated, a list, or modes joined by '+', must have n entries."
+    if isinstance(value, str) and '+' in value: value = value.split('+')
     values = list(value) if isinstance(value, (list, tuple)) else [value] * n
     if len(values) != n: raise BadAction(f'{len(values)} values {values} for {n} parts')
     return values
@@ -76,7 +77,7 @@ class Action:
     @classmethod
     def parse(cls,
               name: str,             # 'A', 'A+B' or 'control'
-              mode='CRISPRi',        # one mode, or a list with one per part in the order written
+              mode='CRISPRi',        # one mode, or a list (or 'CRISPRi+drug') with one per part in the order written
               dose=1.,               # one dose, or a list
               time=math.nan          # hours, one number or a list
              ):
@@ -85,6 +86,7 @@ class Action:
         targets = [t.strip() for t in name.split('+')]
         if targets == [CONTROL]: return cls()
         if '' in targets: raise BadAction(f'label {name!r} has an empty part')
+        if any(t.count('[') != t.count(']') for t in targets): raise BadAction(f"{name!r}: its '+' would cut a bracket in two. Give the molecule a name, and its SMILES as features")
         return cls(tuple(map(Part, targets, *(_each(v, len(targets)) for v in (mode, dose, time)))))
 
     @property
@@ -105,9 +107,8 @@ def actions_of(
     "The action of every row. A mode like 'CRISPRi+drug' gives each part its own, in the order of the label. Efficiency is a share of the dose; NaN is unknown and counts as 1."
     if 'perturbation' not in groups: raise BadAction(f"no column 'perturbation' among {list(groups.columns)}")
     column = lambda name, default: groups[name] if name in groups else [default] * len(groups)
-    each = lambda m: m.split('+') if isinstance(m, str) and '+' in m else m
     rows = zip(groups['perturbation'], column('mode', mode), column('dose', 1.), column('time', math.nan), column('efficiency', 1.))
-    return [Action.parse(n, each(m), _weaker(n, d, e), t) for n, m, d, t, e in rows]
+    return [Action.parse(n, m, _weaker(n, d, e), t) for n, m, d, t, e in rows]
 
 def _weaker(name, dose, efficiency):
     "The dose that a guide of this efficiency comes to; NaN is unknown."

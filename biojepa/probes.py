@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/53_probes.ipynb #c004
-from .cells import CONTROL, dense, parts
+from .cells import CONTROL, dense, part_modes, parts
 from .distributions import partners, pathway_gap, pathway_neighbour
 from .estimator import BioJEPA, _reference
 from .featurizers import as_table, encode_actions
@@ -79,7 +79,7 @@ def untrained(
     out, seen = copy(model), model.split.cells(cells, "train")
     out.model, out.floor, out.gate, out.history = build(model.model.config, model.seed + seed), None, 1.0, {"untrained": True}
     known = seen.obs[(seen.obs.perturbation != CONTROL).values]
-    out.modes = {p: m for n, m in zip(known.perturbation, known["mode"]) for p in parts(n)}
+    out.modes = {p: own for n, m in zip(known.perturbation, known["mode"]) for p, own in part_modes(n, m)}
     _reference(out.model, seen); out.model.eval()
     if model.decoders: out.decoders = fit_decoders(out.model, seen)
     return out

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RESIDUES', 'PROTEIN_MODELS', 'ADDRESS', 'WINDOW', 'windows', 'AttentionPool', 'BadSequence', 'UnknownGene',
            'check_sequence', 'read_fasta', 'read_proteins', 'sequence_of', 'BadCheckpoint', 'load_esm2', 'residues',
-           'cache_folder', 'cached', 'embed_proteins', 'protein_features']
+           'cache_folder', 'cached', 'torch_threads', 'embed_proteins', 'protein_features']
 
 # %% ../nbs/22_proteins.ipynb #c007
 import gzip, hashlib, os, re, warnings
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,14 @@ def cached(
     return {n: done[k] for n, k in keys.items()}
 
 # %% ../nbs/22_proteins.ipynb #c045
+@contextmanager
+def torch_threads(n: int | None): # None: as they are
+    "So many threads of torch, meanwhile."
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def embed_proteins(
     sequences: dict, # name -> sequence
     model: ESM2, # of `load_esm2`
@@ -251,10 +260,7 @@ def embed_proteins(
     def compute(todo):
         with tqdm(total=sum(map(len, todo.values())), unit=" residues", disable=not progress, leave=False) as bar:
             for n, x in residues(todo, model, bar=bar, **kwargs): yield n, way(x).astype(np.float32)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try: return cached(sequences, recipe, compute, cache_folder("proteins") if cache is True else cache)
-    finally: torch.set_num_threads(before)
+    with torch_threads(threads): return cached(sequences, recipe, compute, cache_folder("proteins") if cache is True else cache)
 
 # %% ../nbs/22_proteins.ipynb #c048
 def protein_features(

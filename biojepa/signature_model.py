@@ -24,7 +24,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 # %% ../nbs/36_signature_model.ipynb #c004
-from .cells import MODES, SCHEMA, add_mode, gene_hash
+from .cells import CONTROL, MODES, SCHEMA, add_mode, gene_hash, parts
 from .describe import Symbols, known_targets, more_targets, warn_unknown
 from .featurizers import FeatureTable, MissingFeatures, as_table, encode_actions
 from .perturbations import Action
@@ -491,8 +491,11 @@ def _predict(self: SignatureModel,
     "What each perturbation does to each gene in each line. Warns of what is unknown. Raises BadSignatures for other data or an unknown line."
     if features is not None: return self.knowing(features).predict(data, names, cell_type, mode, None, symbols)
     if data is not None: check_signature(data); self._same_genes(data)
+    if mode is not None and (mode not in MODES or mode == CONTROL): raise BadSignatures(f"unknown mode {mode!r}; one of {', '.join(MODES[1:])}")
     common = mode or max(set(self.modes.values()), key=list(self.modes.values()).count)
     names = [names] if isinstance(names, str) else names
+    joined = [n for n in names or () if "+" in n and n not in self.modes and (self.table is None or not any(n in f.index for f in self.table.sources.values()))]
+    if joined: raise BadSignatures(f"{joined[0]!r} is a combination, and signatures are of single perturbations: ask for {' and '.join(parts(joined[0]))} one by one")
     pairs = list(zip(data.obs.perturbation, data.obs.cell_type)) if names is None else [(n, c) for c in ([cell_type] if cell_type else self.lines) for n in names]
     obs = pd.DataFrame(pairs, columns=["perturbation", "cell_type"])
     known = known_targets(obs.perturbation.unique(), self.table, set(self.split.train), symbols)

@@ -13,6 +13,7 @@ from scipy import sparse
 
 import biojepa as bj
 from biojepa.cells import CONTROL, KEYS, MODES, BadCells, add_mode, check, conditions, dense, effects, gene_hash, gene_names, join_parts, parts, prepare
+from biojepa.perturbations import Action, BadAction, actions_of
 from biojepa.simulator import simulate
 from biojepa.sets import SetSampler, visit
 from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
@@ -219,6 +220,47 @@ def test_modes_grow_and_keep_their_order():
             with pytest.raises(BadCells, match="mode"): add_mode(bad)
         assert len(MODES) == len(before) + 1
     finally: MODES.names[:] = before
+
+
+def mixed():
+    "Genes knocked down, drugs, and both at once, the drug named first."
+    a = screen(0, singles=4, pairs=0, cells=6)
+    a.obs["perturbation"] = np.resize(["control", "GENE1", "ZORRO", "ZORRO+GENE1"], a.n_obs)
+    a.obs["mode"] = a.obs.perturbation.map({"control": "control", "GENE1": "CRISPRi", "ZORRO": "drug", "ZORRO+GENE1": "drug+CRISPRi"})
+    return a
+
+
+def test_modes_of_a_combination_follow_their_parts():
+    a = mixed()
+    cells = prepare(a)
+    assert dict(zip(cells.obs.perturbation, cells.obs["mode"])) == {"control": "control", "GENE1": "CRISPRi", "ZORRO": "drug", "GENE1+ZORRO": "CRISPRi+drug"}
+    assert list(cells.uns["biojepa"]["absent"]) == []                                     # a drug is no gene that is missing
+    action = {x.name: x for x in actions_of(effects(cells).obs)}["GENE1+ZORRO"]
+    assert [(p.target, p.mode) for p in action.parts] == [("GENE1", "CRISPRi"), ("ZORRO", "drug")]
+    a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi", "drug+drug"); assert set(prepare(a).obs["mode"]) == {"control", "CRISPRi", "drug"}
+    a.obs["mode"] = a.obs["mode"].replace("drug+drug", "drug+CRISPRi+CRISPRi"); assert "has 2 parts, but mode 'drug+CRISPRi+CRISPRi' has 3" in refused(lambda: prepare(a))
+    a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi+CRISPRi", "drug+magic"); assert "'magic' is not one of" in refused(lambda: prepare(a))
+
+
+def test_efficiency_of_guides_reaches_the_actions():
+    a = mixed(); gene = (a.obs.perturbation == "GENE1").to_numpy()
+    a.obs["efficiency"] = np.nan
+    a.obs.loc[gene, "efficiency"] = np.resize([.6, .8, np.nan], gene.sum())
+    table = effects(prepare(a)).obs.set_index("perturbation")
+    known = a.obs.efficiency[gene].mean()
+    assert np.isclose(table.efficiency["GENE1"], known) and table.efficiency.isna().sum() == 2
+    doses = {x.name: x.parts[0].dose for x in actions_of(table.reset_index())}
+    assert np.isclose(doses["GENE1"], known) and doses["ZORRO"] == 1
+    assert "efficiency" not in effects(prepare(mixed())).obs
+    for bad in (80, "good"):
+        a.obs["efficiency"] = a.obs.efficiency.astype(object); a.obs.iloc[5, a.obs.columns.get_loc("efficiency")] = bad
+        assert f"'efficiency' says {bad!r} for cell 'cell5'" in refused(lambda: prepare(a))
+
+
+def test_a_structure_is_not_cut_at_its_charge():
+    a = mixed(); a.obs["perturbation"] = a.obs.perturbation.replace("ZORRO", "C[N+](C)C"); a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi", "drug")
+    assert "cut a bracket in two" in refused(lambda: prepare(a))
+    with pytest.raises(BadAction, match="cut a bracket in two"): Action.parse("C[N+](C)C", "drug")
 
 
 def test_a_mode_for_each_cell_and_what_is_carried_along():

@@ -4,6 +4,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from biojepa.priors import LinearResponse
 from biojepa.readout import Floor, hold_out_blocks
 from biojepa.sets import SetSampler
 from biojepa.simulator import simulate, simulated_features, true_effects
-from biojepa.splits import Leak, split
+from biojepa.splits import Leak, Split, split
 from biojepa.training import TrainConfig, action_loss_base, control_states, effect_target
 
 few = settings(max_examples=15, deadline=None)
@@ -276,6 +277,34 @@ def test_hours_are_those_of_training_unless_given(screen, tmp_path):
     said = {t: again.predict(timed, name, time=t).X for t in (None, 24, 0)}
     assert fitted.time == 24 and np.array_equal(said[None], said[24]) and not np.allclose(said[24], said[0], atol=1e-7)
     assert np.allclose(said[24], fitted.moments(timed, [Action.parse(name, time=24)] * 2, ["LINE0", "LINE1"])[0], atol=1e-5)
+
+
+def test_dose_time_and_mode_of_each_part(model, screen):
+    cells, _, fold = screen
+    a, b = [n for n in fold.train if "+" not in n][:2]
+    say = lambda **how: model.predict(cells, f"{b}+{a}", cell_type="LINE0", **how).X
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.allclose(say(), say(dose={a: 1.0}), atol=1e-6) and np.allclose(say(dose={a: 0.0, b: 0.0}), 0, atol=1e-6)
+        assert not np.allclose(say(dose={a: 0.3}), say(dose={b: 0.3}), atol=1e-5)
+        assert np.array_equal(say(mode="drug+CRISPRa"), say(mode={a: "CRISPRa", b: "drug"})) and np.array_equal(say(time=24), say(time={a: 24, b: 24}))
+        with pytest.warns(MissingFeatures, match=f"{a}X is near .*{a}"): model.predict(cells, f"{a}X")
+
+
+def test_genes_and_drugs_at_once():
+    raw = simulate(n_genes=48, n_perturbations=12, n_drugs=6, doses=(1.0,), cells_per_perturbation=10, seed=3)
+    gene = next(n for n in raw.obs.perturbation if n.startswith("GENE"))
+    both = raw[:10].copy(); both.obs_names = [f"both{i}" for i in range(10)]
+    both.obs["perturbation"], both.obs["mode"] = f"DRUG1+{gene}", "drug+CRISPRi"
+    joined = anndata.concat([raw, both]); joined.uns = raw.uns
+    fold = Split("unseen_gene", 0, tuple(n for n in sorted({*raw.obs.perturbation, f"DRUG1+{gene}"}) if n not in ("control", "DRUG2", "DRUG3")), ("DRUG3",), ("DRUG2",), {"DRUG2": "unseen_gene", "DRUG3": "unseen_gene"})
+    fit = lambda: BioJEPA.fit(prepare(joined, n_genes=48), fold, features=simulated_features(raw), network=False, **TINY)
+    model, cells = fit(), prepare(joined, n_genes=48)
+    assert model.modes[gene] == "CRISPRi" and model.modes["DRUG1"] == "drug"
+    out = model.predict(cells, [f"DRUG2+{gene}", f"DRUG1+{gene}"])
+    assert np.isfinite(out.X).all() and (out.obs.support > 0).all()
+    joined.obs["efficiency"] = np.where(joined.obs.perturbation == gene, 0.25, np.nan)                       # a weak guide teaches as a low dose does
+    assert not np.allclose(fit().predict(cells, gene).X, model.predict(cells, gene).X, atol=1e-4)
 
 
 def test_refusals_name_what_is_wrong(model, screen, tmp_path):

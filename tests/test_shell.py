@@ -1,6 +1,7 @@
 "The command line as a newcomer meets it: a file of one's own to a judged model, and every mistake in one line."
 import subprocess
 import sys
+import warnings
 
 import anndata
 import numpy as np
@@ -12,7 +13,6 @@ from typer.testing import CliRunner
 from biojepa import proteins as P
 from biojepa.cells import CONTROL, dense, prepare
 from biojepa.cli import app
-from biojepa.featurizers import FeatureTable
 from biojepa.featurizers import FeatureTable, MissingFeatures
 from biojepa.simulator import simulate, simulated_features
 
@@ -79,6 +79,10 @@ def test_features_fit_score_page_predict(cells, annotations, tmp_path):
     assert set(pd.read_csv(tmp_path / "t.csv").model) == {"base"}
     genes = anndata.read_h5ad(cells).var_names
     assert "support" in shell("predict", tmp_path / "base", cells, genes[-1], "--out", tmp_path / "p.h5ad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MissingFeatures)
+        shell("predict", tmp_path / "base", cells, genes[-1], "--mode", "CRISPRa", "--dose", 0, "--time", 24, "--cell-type", "LINE0", "--out", tmp_path / "none.h5ad")
+    assert anndata.read_h5ad(tmp_path / "none.h5ad").X.any() == False and anndata.read_h5ad(tmp_path / "p.h5ad").X.any()    # a dose of nothing does nothing
     file, = (tmp_path / "f").glob("*.*")
     frame = FeatureTable.read(file).sources[file.stem]
     target = anndata.read_h5ad(cells).obs.perturbation[lambda p: p.isin(frame.index)].iloc[0]
@@ -101,6 +105,15 @@ def test_features_of_proteins_under_old_names(cells, tmp_path):
     assert f"{n - 2} of {n} targets, not {targets[0]}, {targets[-1]}" in shell(*words, "--out", tmp_path / "b")
     a, b = FeatureTable.read(tmp_path / "a"), FeatureTable.read(tmp_path / "b")
     assert a.missing(targets) == targets[-1:] and a.transform(targets[1:-1])[0].tolist() == b.transform(targets[1:-1])[0].tolist()
+
+
+def test_features_of_structures_and_sequences(cells, tmp_path):
+    targets = sorted({p for n in anndata.read_h5ad(cells).obs.perturbation.unique() if n != CONTROL for p in n.split("+")})
+    (tmp_path / "d.tsv").write_text("drug\tSMILES\n" + "\n".join(f"{g}\t{'C' * (i + 1)}O" for i, g in enumerate(targets[:5])))
+    (tmp_path / "s.fa").write_text("".join(f">{g}\n{'ACGT'[i % 4] * 6}GATTACA\n" for i, g in enumerate(targets)))
+    out = shell("features", cells, "--out", tmp_path / "f", "--smiles", tmp_path / "d.tsv", "--sequences", tmp_path / "s.fa", "--no-progress")
+    assert f"5 of {len(targets)} targets" in out and f"{len(targets)} genes x 256; {len(targets)} of" in out
+    assert set(FeatureTable.read(tmp_path / "f").sources) == {"Morgan", "properties", "words"}
 
 
 def test_prepared_cells_go_straight_into_demo(cells, annotations, tmp_path):
@@ -137,11 +150,13 @@ def test_a_warning_is_a_word_and_not_a_place_in_the_code(cells, annotations, tmp
     assert out.returncode == 0 and "MissingFeatures: nothing is known of GATA1" in out.stderr and ".py" not in out.stderr, out.stderr
 
 
-@pytest.mark.parametrize("words, says", [(["features", "{cells}"], "name a source: --go, --proteins or both"), (["features", "{messy}", "--go", "x"], "run biojepa prepare first"),
+@pytest.mark.parametrize("words, says", [(["features", "{cells}"], "name a source: --go, --proteins, --smiles or --sequences"), (["features", "{messy}", "--go", "x"], "run biojepa prepare first"),
                                          (["features", "{cells}", "--go", "{folder}/no.gaf"], "No such file"),
+                                         (["features", "{cells}", "--smiles", "{folder}/x.csv"], "x.csv has no column smiles"), (["features", "{cells}", "--sequences", "{folder}/x.fa"], "has none of the targets: it has names such as stranger"),
                                          (["features", "{cells}", "--go", "{cells}"], "is it a GAF file?"), (["features", "{cells}", "--proteins", "{cells}"], "a FASTA file begins with '>'"), (["data", "get", "papalexi", "--file", "{folder}/no.h5ad"], "no file"),
                                          (["prepare", "{messy}", "{folder}/c.h5ad", "--perturbation", "guide", "--control", "NT"], "layer='umi' holds whole numbers")])
 def test_a_mistake_is_one_red_line(words, says, cells, messy, tmp_path):
     words = [w.format(cells=cells, messy=messy, folder=tmp_path) for w in words]
+    (tmp_path / "x.csv").write_text("drug,formula\naspirin,C9H8O4\n"); (tmp_path / "x.fa").write_text(">stranger\nACGTACGT\n")
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", "from biojepa.cli import main; main()", *words], capture_output=True, text=True)
     assert out.returncode == 2 and says in out.stderr and "Traceback" not in out.stderr and len(out.stderr.strip().splitlines()) == 1, out.stderr

@@ -220,5 +220,7 @@ def test_errors_name_what_is_wrong(data, model):
                       (lambda: bj.BioJEPA.fit(odd, fold, features=features), "0.5"), (lambda: bj.BioJEPA.fit(strange, fold, features=features), "colours"),
                       (lambda: bj.BioJEPA.fit(endless, fold, features=features), endless.obs_names[3]), (lambda: bj.BioJEPA.fit(sig, fold, "v0_3", features=features), "v0_3"),
                       (lambda: model.predict(cells, ["P1"]), "not signatures"), (lambda: model.predict(sig, ["P1"], cell_type="three"), "three"),
-                      (lambda: model.predict(sig[:, :5], ["P1"]), "genes")):
+                      (lambda: model.predict(sig[:, :5], ["P1"]), "genes"), (lambda: model.predict(sig, ["P1+P2"]), "ask for P1 and P2 one by one"),
+                      (lambda: model.predict(sig, ["P1"], mode="magic"), "unknown mode 'magic'; one of CRISPRi")):
         with pytest.raises(BadSignatures, match=word): bad()
+    with pytest.raises(ValueError, match="signatures, not cells.*score_signatures"): bj.scorecard(sig, fold, {"base": model})
