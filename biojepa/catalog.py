@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'BadDataset', 'Source', 'Entry', 'entries', 'entry', 'pick',
            'fetch', 'unpack', 'home', 'get', 'adapt', 'read_h5ad', 'read_tahoe', 'read', 'dataset']
 
 # %% ../nbs/14_catalog.ipynb #c003
-import difflib, gzip, os, re, shutil, tempfile, time, tomllib, warnings, zipfile
+import difflib, errno, gzip, os, re, shutil, tempfile, time, tomllib, warnings, zipfile
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -70,7 +70,7 @@ def entry(
     "One screen by name. Raises BadDataset with the nearest names."
     known, key = entries(), re.sub(r"[\s-]+", "_", str(name).strip().lower())
     if key in known: return known[key]
-    near = [k for k in known if len(key) > 2 and (key in k or k in key)]
+    near = [k for k, e in known.items() if len(key) > 2 and (key in k or k in key or key.replace("_", " ") in re.sub(r"\W+", " ", f"{e.title} {e.citation}".lower()))]
     near += [k for k in difflib.get_close_matches(key, known, 4, 0.5) if k not in near]
     raise BadDataset(f"no dataset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"))
 
@@ -134,6 +134,10 @@ def _room(folder, need, file):
     if need and free < 1.02 * need + 2**20:
         raise BadDownload(f"{file} needs {_bytes(need)} more, and {folder} has {_bytes(free)} left; make room or choose another folder")
 
+def _full(error, path, word):
+    "The same when the disk fills meanwhile; None for another error."
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT): return BadDownload(f"the disk of {path.parent} is full: no room for {path.name}; make room or choose another folder, then call again{word}")
+
 # %% ../nbs/14_catalog.ipynb #c020
 class Resume:
     "A downloader for pooch that goes on where a cut download stopped."
@@ -177,8 +181,10 @@ def _more(self: Resume, url):
         _room(self.path.parent, length, self.path.name)
         tag = r.headers.get("ETag") or r.headers.get("Last-Modified")
         if tag and not tag.startswith("W/"): self.tag.write_text(tag)
-        with open(self.part, "ab" if have else "wb") as f, self._bar(have, have + length) as bar:
-            for chunk in r.iter_content(1 << 16): f.write(chunk); bar.update(len(chunk))
+        try:
+            with open(self.part, "ab" if have else "wb") as f, self._bar(have, have + length) as bar:
+                for chunk in r.iter_content(1 << 16): f.write(chunk); bar.update(len(chunk))
+        except OSError as e: raise _full(e, self.path, ": what has come is kept") or e from None
     if length and self.have() < have + length: raise requests.ConnectionError("the line was cut")
 
 def _beyond(self: Resume, r, have):
@@ -253,12 +259,17 @@ def unpack(
         half = out.with_name(out.name + ".part")
         try:
             with _inside(path) as f, open(half, "wb") as g: shutil.copyfileobj(f, g, 1 << 20)
-        except (EOFError, OSError, zipfile.BadZipFile) as e: raise BadDownload(f"{path.name} cannot be unpacked ({e}); delete it and get it again") from None
+        except (EOFError, OSError, zipfile.BadZipFile) as e:
+            half.unlink(missing_ok=True)
+            raise _full(e, out, "") or BadDownload(f"{path.name} cannot be unpacked ({e}); delete it and get it again") from None
         os.replace(half, out)
     return out
 
 def _inside(path):
-    if path.suffix == ".gz": return gzip.open(path)
+    if path.suffix == ".gz":
+        with open(path, "rb") as f: f.seek(-4, os.SEEK_END); said = int.from_bytes(f.read(), "little")     # the size inside, up to 4 GB
+        _room(path.parent, max(said, path.stat().st_size), path.with_suffix("").name)
+        return gzip.open(path)
     package = zipfile.ZipFile(path)
     found = [m for m in package.namelist() if m.endswith(".h5ad")]
     if len(found) != 1: raise BadDownload(f"{path.name} holds {len(found)} h5ad files, one was expected")

@@ -1,4 +1,6 @@
 "The catalogue: every row, a download that is treated badly, and adapters on files that imitate the published ones."
+import builtins
+import errno
 import gzip
 import hashlib
 import io
@@ -62,11 +64,12 @@ def test_row(name):
 def test_gears_files_are_known_to_be_logged():
     gears = [(e, s) for e in entries().values() for s in e.sources if s.name == "GEARS"]
     assert len(gears) == 5 and all(s.kind == "log1p" for _, s in gears)
-    assert all("log-normalised" in " ".join(e.traps) for e, _ in gears if e.key != "replogle_rpe1")
+    assert all("log-normalised" in " ".join(e.traps) for e, _ in gears)
 
 
 @pytest.mark.parametrize("typo, nearest", [("nroman", "norman"), ("papalexy", "papalexi"), ("replogle", "replogle_rpe1"), ("k562", "replogle_k562_gwps"),
-                                           ("sci-plex", "sciplex"), ("tahoe-100m", "tahoe"), ("jurkat", "nadig_jurkat"), ("hepg2", "nadig_hepg2")])
+                                           ("sci-plex", "sciplex"), ("tahoe-100m", "tahoe"), ("jurkat", "nadig_jurkat"), ("hepg2", "nadig_hepg2"),
+                                           ("Tahoe-100M", "tahoe"), ("Srivatsan", "sciplex"), ("srivatsan 2020", "sciplex"), ("Replogle 2022", "replogle_rpe1"), ("norman 2019", "norman")])
 def test_a_typo_gets_the_nearest_names(typo, nearest):
     with pytest.raises(BadDataset, match=f"{typo!r}; did you mean.*{nearest}"): entry(typo)
 
@@ -264,6 +267,38 @@ def test_no_room_to_unpack(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "n.zip", "w") as z: z.writestr("norman/perturb_processed.h5ad", BODY)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
     with pytest.raises(BadDownload, match="n.h5ad needs 600.0 kB more"): unpack(tmp_path / "n.zip")
+    with gzip.open(tmp_path / "g.h5ad.gz", "wb") as z: z.write(BODY)
+    with pytest.raises(BadDownload, match="g.h5ad needs 600.. kB more"): unpack(tmp_path / "g.h5ad.gz")
+
+
+def full_after(monkeypatch, n):
+    "A disk that is full once n bytes were written to a .part file."
+    plain = builtins.open
+    def opened(path, mode="r", *a, **k):
+        f = plain(path, mode, *a, **k)
+        if not str(path).endswith(".part") or "r" in mode: return f
+        class Full:
+            def __enter__(self): return self
+            def __exit__(self, *x): f.close()
+            def write(self, b):
+                if f.tell() + len(b) > n: raise OSError(errno.ENOSPC, "No space left on device")
+                return f.write(b)
+        return Full()
+    monkeypatch.setattr("biojepa.catalog.open", opened, raising=False)
+
+
+def test_a_disk_that_fills_meanwhile(server, tmp_path, monkeypatch):
+    with gzip.open(tmp_path / "g.h5ad.gz", "wb") as z: z.write(BODY)
+    server.files["a.h5ad"] = BODY
+    with monkeypatch.context() as m:
+        full_after(m, 200_000)
+        with pytest.raises(BadDownload, match="is full: no room for g.h5ad; make room"): unpack(tmp_path / "g.h5ad.gz")
+        assert not (tmp_path / "g.h5ad.part").exists()
+        with pytest.raises(BadDownload, match="is full: no room for a.h5ad.*what has come is kept"): fetch(f"{server.url}/a.h5ad", tmp_path / "a.h5ad", None, **QUICK)
+    kept = (tmp_path / "a.h5ad.part").stat().st_size
+    assert 0 < kept <= 200_000
+    assert fetch(f"{server.url}/a.h5ad", tmp_path / "a.h5ad", None, **QUICK).read_bytes() == BODY              # goes on from there
+    assert unpack(tmp_path / "g.h5ad.gz").read_bytes() == BODY
 
 
 def test_home(monkeypatch, tmp_path):
