@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'BadDataset', 'Source', 'Entry', 'entries', 'entry', 'pick',
            'fetch', 'unpack', 'home', 'get', 'adapt', 'read_h5ad', 'read_tahoe', 'read', 'dataset']
 
 # %% ../nbs/14_catalog.ipynb #c003
-import difflib, errno, gzip, os, re, shutil, tempfile, time, tomllib, warnings, zipfile
+import difflib, errno, gzip, os, re, shutil, tempfile, time, tomllib, warnings, zipfile, zlib
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -70,7 +70,9 @@ def entry(
     "One screen by name. Raises BadDataset with the nearest names."
     known, key = entries(), re.sub(r"[\s-]+", "_", str(name).strip().lower())
     if key in known: return known[key]
-    near = [k for k, e in known.items() if len(key) > 2 and (key in k or k in key or key.replace("_", " ") in re.sub(r"\W+", " ", f"{e.title} {e.citation}".lower()))]
+    words = re.findall(r"[a-z]+|\d+", key)
+    said = {k: f"{k} {e.title} {e.citation} {e.lines} {e.accession}".lower() for k, e in known.items()}
+    near = [k for k in known if len(key) > 2 and (k in key or words and all(w in said[k] for w in words))]
     near += [k for k in difflib.get_close_matches(key, known, 4, 0.5) if k not in near]
     raise BadDataset(f"no dataset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"))
 
@@ -128,15 +130,17 @@ MAGIC = {".h5ad": b"\x89HDF\r\n\x1a\n", ".zip": b"PK\x03\x04", ".gz": b"\x1f\x8b
 
 def _by_hand(url, path): return f"you may fetch {url} in a browser and put it at {path}"
 
+_ELSEWHERE = "make room, or choose another folder (`folder=`, `--folder` or BIOJEPA_DATA)"
+
 def _room(folder, need, file):
     "Refuse a download that the disk cannot hold."
     free = shutil.disk_usage(folder).free
     if need and free < 1.02 * need + 2**20:
-        raise BadDownload(f"{file} needs {_bytes(need)} more, and {folder} has {_bytes(free)} left; make room or choose another folder")
+        raise BadDownload(f"{file} needs {_bytes(need)} more, and {folder} has {_bytes(free)} left; {_ELSEWHERE}")
 
 def _full(error, path, word):
     "The same when the disk fills meanwhile; None for another error."
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT): return BadDownload(f"the disk of {path.parent} is full: no room for {path.name}; make room or choose another folder, then call again{word}")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT): return BadDownload(f"the disk of {path.parent} is full: no room for {path.name}; {_ELSEWHERE}, then call again{word}")
 
 # %% ../nbs/14_catalog.ipynb #c020
 class Resume:
@@ -180,8 +184,8 @@ def _more(self: Resume, url):
         length = int(r.headers.get("Content-Length") or 0)
         _room(self.path.parent, length, self.path.name)
         tag = r.headers.get("ETag") or r.headers.get("Last-Modified")
-        if tag and not tag.startswith("W/"): self.tag.write_text(tag)
         try:
+            if tag and not tag.startswith("W/"): self.tag.write_text(tag)
             with open(self.part, "ab" if have else "wb") as f, self._bar(have, have + length) as bar:
                 for chunk in r.iter_content(1 << 16): f.write(chunk); bar.update(len(chunk))
         except OSError as e: raise _full(e, self.path, ": what has come is kept") or e from None
@@ -257,9 +261,10 @@ def unpack(
     with FileLock(f"{path}.lock"):
         if out.exists() and out.stat().st_mtime >= path.stat().st_mtime: return out
         half = out.with_name(out.name + ".part")
+        half.unlink(missing_ok=True)                                                 # of a run that was killed: it takes room
         try:
             with _inside(path) as f, open(half, "wb") as g: shutil.copyfileobj(f, g, 1 << 20)
-        except (EOFError, OSError, zipfile.BadZipFile) as e:
+        except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as e:
             half.unlink(missing_ok=True)
             raise _full(e, out, "") or BadDownload(f"{path.name} cannot be unpacked ({e}); delete it and get it again") from None
         os.replace(half, out)

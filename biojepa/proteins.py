@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from esm.model.esm2 import ESM2
+from esm.multihead_attention import MultiheadAttention
 from sklearn.cluster import MiniBatchKMeans
 from tqdm.auto import tqdm
 
@@ -148,7 +150,19 @@ def _read_checkpoint(model):
         try: return torch.load(model, map_location="cpu", weights_only=True)
         except Exception as e: raise BadCheckpoint(f"{Path(model).name}: cannot be read as plain weights ({type(e).__name__})") from e
 
-# %% ../nbs/22_proteins.ipynb #c033
+# %% ../nbs/22_proteins.ipynb #c034
+class _Attention(MultiheadAttention):
+    "The attention of fair-esm by torch's own, unless its table is asked for."
+    def forward(self, query, key=None, value=None, key_padding_mask=None, need_head_weights=False, **more):
+        if need_head_weights or more.get("attn_mask") is not None: return super().forward(query, key, value, key_padding_mask, need_head_weights=need_head_weights, **more)
+        (L, B, D), H = query.shape, self.num_heads
+        q, k, v = (f(query).view(L, B * H, -1).transpose(0, 1) for f in (self.q_proj, self.k_proj, self.v_proj)) # [B * H, L, D / H]
+        q, k, v = (x.view(B, H, L, -1) for x in (*self.rot_emb(q, k), v))
+        real = None if key_padding_mask is None else ~key_padding_mask[:, None, None]                            # [B, 1, 1, L]
+        x = F.scaled_dot_product_attention(q, k, v, real)                                                        # [B, H, L, D / H]
+        return self.out_proj(x.permute(2, 0, 1, 3).reshape(L, B, D)), None
+
+# %% ../nbs/22_proteins.ipynb #c035
 def load_esm2(
     model="esm2_t6_8M_UR50D", # one of PROTEIN_MODELS, downloaded once by torch.hub; or the path of a checkpoint in fair-esm's format
     device: str = "cpu",
@@ -167,9 +181,10 @@ def load_esm2(
     for k, v in sorted(net.state_dict().items()):
         if not k.startswith(("contact_head.", "lm_head.")): digest.update(k.encode() + v.contiguous().view(torch.uint8).numpy().tobytes())
     net.fingerprint = digest.hexdigest()[:16]
+    for layer in net.layers: layer.self_attn.__class__ = _Attention
     return net.eval().requires_grad_(False).to(device)
 
-# %% ../nbs/22_proteins.ipynb #c035
+# %% ../nbs/22_proteins.ipynb #c037
 def _tiny_checkpoint(path, layers=2, width=40, seed=0):
     "Random weights in the published form, for examples and tests."
     torch.manual_seed(seed)
@@ -179,7 +194,7 @@ def _tiny_checkpoint(path, layers=2, width=40, seed=0):
     torch.save(dict(cfg=dict(model=cfg), model={"encoder." + prefix(k): v for k, v in net.state_dict().items() if not k.startswith("contact_head.")}), path)
     return net
 
-# %% ../nbs/22_proteins.ipynb #c039
+# %% ../nbs/22_proteins.ipynb #c042
 WINDOW = 1022 # residues; with its two end marks that is the longest chain ESM-2 was trained on
 
 def _jobs(sequences, window, batch):
@@ -210,7 +225,7 @@ def residues(
             if bar is not None: bar.update(len(s))
             if sum(map(len, mine.values())) == len(sequences[n]): yield n, np.concatenate([v for _, v in sorted(parts.pop(n).items())])
 
-# %% ../nbs/22_proteins.ipynb #c043
+# %% ../nbs/22_proteins.ipynb #c046
 def cache_folder(kind: str) -> Path: # kind: 'proteins', 'molecules', ...
     "Where features are kept: under BIOJEPA_CACHE, else ~/.cache/biojepa."
     return Path(os.environ.get("BIOJEPA_CACHE", Path.home() / ".cache" / "biojepa")) / kind
@@ -235,7 +250,7 @@ def cached(
         os.replace(part, place(k))
     return {n: done[k] for n, k in keys.items()}
 
-# %% ../nbs/22_proteins.ipynb #c045
+# %% ../nbs/22_proteins.ipynb #c048
 @contextmanager
 def torch_threads(n: int | None): # None: as they are
     "So many threads of torch, meanwhile."
@@ -262,7 +277,7 @@ def embed_proteins(
             for n, x in residues(todo, model, bar=bar, **kwargs): yield n, way(x).astype(np.float32)
     with torch_threads(threads): return cached(sequences, recipe, compute, cache_folder("proteins") if cache is True else cache)
 
-# %% ../nbs/22_proteins.ipynb #c048
+# %% ../nbs/22_proteins.ipynb #c051
 def protein_features(
     names, # gene symbols or sequences
     proteins: dict, # symbol -> sequence, of `read_proteins`

@@ -69,7 +69,9 @@ def test_gears_files_are_known_to_be_logged():
 
 @pytest.mark.parametrize("typo, nearest", [("nroman", "norman"), ("papalexy", "papalexi"), ("replogle", "replogle_rpe1"), ("k562", "replogle_k562_gwps"),
                                            ("sci-plex", "sciplex"), ("tahoe-100m", "tahoe"), ("jurkat", "nadig_jurkat"), ("hepg2", "nadig_hepg2"),
-                                           ("Tahoe-100M", "tahoe"), ("Srivatsan", "sciplex"), ("srivatsan 2020", "sciplex"), ("Replogle 2022", "replogle_rpe1"), ("norman 2019", "norman")])
+                                           ("Tahoe-100M", "tahoe"), ("Srivatsan", "sciplex"), ("srivatsan 2020", "sciplex"), ("Replogle 2022", "replogle_rpe1"), ("norman 2019", "norman"),
+                                           ("Srivatsan2020", "sciplex"), ("Zhang 2025", "tahoe"), ("RPE-1", "replogle_rpe1"), ("THP-1", "papalexi"), ("genome-wide K562", "replogle_k562_gwps"),
+                                           ("eccite-seq", "papalexi"), ("GSE133344", "norman"), ("McFaline-Figueroa 2024", "mcfaline")])
 def test_a_typo_gets_the_nearest_names(typo, nearest):
     with pytest.raises(BadDataset, match=f"{typo!r}; did you mean.*{nearest}"): entry(typo)
 
@@ -223,7 +225,7 @@ def test_offline_says_so(tmp_path, monkeypatch):
 def test_no_room(server, tmp_path, monkeypatch):
     "Known before the first byte when the size is published, and from the server's own word when it is not."
     monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
-    with pytest.raises(BadDownload, match="a.h5ad needs 600.0 kB more, and .* has 1.0 kB left"):
+    with pytest.raises(BadDownload, match="a.h5ad needs 600.0 kB more, and .* has 1.0 kB left; make room, or choose another folder .*BIOJEPA_DATA"):
         fetch(f"{server.url}/a.h5ad", tmp_path / "a.h5ad", MD5, len(BODY), **QUICK)
     assert not server.asked
     with pytest.raises(BadDownload, match="make room"): fetch(f"{server.url}/a.h5ad", tmp_path / "a.h5ad", None, **QUICK)
@@ -263,6 +265,24 @@ def test_packages(tmp_path):
     with pytest.raises(BadDownload, match="two.zip holds 2 h5ad files"): unpack(tmp_path / "two.zip")
 
 
+def test_a_package_that_is_damaged_inside(tmp_path):
+    "gzip calls some damage a zlib.error, which is no OSError."
+    letters = np.random.default_rng(0).integers(0, 64, 100_000, dtype=np.uint8).tobytes()
+    for at in range(2000, 60_000, 4000):
+        broken = bytearray(gzip.compress(letters)); broken[at:at + 8] = b"\xff" * 8
+        (tmp_path / "b.h5ad.gz").write_bytes(broken)
+        with pytest.raises(BadDownload, match="b.h5ad.gz cannot be unpacked"): unpack(tmp_path / "b.h5ad.gz")
+        assert not (tmp_path / "b.h5ad.part").exists() and not (tmp_path / "b.h5ad").exists()
+
+
+def test_what_a_killed_run_left_takes_no_room(tmp_path, monkeypatch):
+    half = tmp_path / "g.h5ad.part"
+    with gzip.open(tmp_path / "g.h5ad.gz", "wb") as z: z.write(BODY)
+    half.write_bytes(b"half of it")
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1000 if half.exists() else 1 << 30))
+    assert unpack(tmp_path / "g.h5ad.gz").read_bytes() == BODY and not half.exists()
+
+
 def test_no_room_to_unpack(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "n.zip", "w") as z: z.writestr("norman/perturb_processed.h5ad", BODY)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1000))
@@ -294,6 +314,10 @@ def test_a_disk_that_fills_meanwhile(server, tmp_path, monkeypatch):
         full_after(m, 200_000)
         with pytest.raises(BadDownload, match="is full: no room for g.h5ad; make room"): unpack(tmp_path / "g.h5ad.gz")
         assert not (tmp_path / "g.h5ad.part").exists()
+        def no_tag(self, text): raise OSError(errno.ENOSPC, "No space left on device")
+        with m.context() as full:
+            full.setattr(Path, "write_text", no_tag)
+            with pytest.raises(BadDownload, match="is full: no room for b.h5ad"): fetch(f"{server.url}/a.h5ad", tmp_path / "b.h5ad", None, **QUICK)
         with pytest.raises(BadDownload, match="is full: no room for a.h5ad.*what has come is kept"): fetch(f"{server.url}/a.h5ad", tmp_path / "a.h5ad", None, **QUICK)
     kept = (tmp_path / "a.h5ad.part").stat().st_size
     assert 0 < kept <= 200_000

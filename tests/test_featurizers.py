@@ -29,6 +29,12 @@ def refused(f, error):
     return str(e.value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    "Nothing that an earlier run kept is taken."
+    with pytest.MonkeyPatch.context() as m: m.setenv("BIOJEPA_CACHE", str(tmp_path_factory.mktemp("cache"))); yield
+
+
 # proteins
 
 @pytest.fixture(scope="module")
@@ -69,6 +75,28 @@ def test_average_is_that_of_fair_esm(tiny):
     assert np.allclose(P.embed_proteins({"x": text}, tiny, cache=None, progress=False)["x"][0], expected, atol=1e-6)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.lists(chains, min_size=1, max_size=5))
+def test_fast_attention_is_that_of_fair_esm(checkpoint, tiny, texts):
+    "With and without padding; contacts, which need the table, too."
+    plain = P.load_esm2(checkpoint)
+    for layer in plain.layers: layer.self_attn.__class__ = P.MultiheadAttention
+    plain.contact_head.load_state_dict(tiny.contact_head.state_dict())
+    tokens = tiny.alphabet.get_batch_converter()([("", t) for t in texts])[2]
+    real = tokens != tiny.alphabet.padding_idx
+    with torch.inference_mode():
+        a, b = (m(tokens, repr_layers=[1, 2])["representations"] for m in (plain, tiny))
+        assert torch.allclose(plain.predict_contacts(tokens), tiny.predict_contacts(tokens), atol=1e-5)
+        mask = torch.triu(torch.full((len(tokens[0]),) * 2, -torch.inf), 1); x = torch.randn(len(tokens[0]), 1, 40)
+        assert torch.allclose(*(m.layers[0].self_attn(x, x, x, attn_mask=mask)[0] for m in (plain, tiny)), atol=1e-6)
+    for i in (1, 2): assert torch.allclose(a[i][real], b[i][real], atol=1e-5)
+
+
+def test_the_table_of_attention_is_not_filled(tiny):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen: P.embed_proteins({"a": "MKTAYIAK"}, tiny, cache=None, progress=False)
+    assert "aten::scaled_dot_product_attention" in {e.name for e in seen.events()}
+
+
 def test_embeddings_are_computed_once_and_kept_by_content(tiny, tmp_path, monkeypatch):
     first = P.embed_proteins({"a": "MKTAYIAK", "b": "MSTNP"}, tiny, cache=tmp_path, progress=False)
     monkeypatch.setattr(P, "residues", lambda *a, **k: pytest.fail("computed again"))
@@ -86,9 +114,10 @@ def test_other_weights_are_another_entry(tiny, tmp_path):
 
 
 def test_threads_are_given_back(tiny):
-    before = torch.get_num_threads()
-    P.embed_proteins({"a": "MKT"}, tiny, cache=None, threads=before + 1, progress=False)
-    assert torch.get_num_threads() == before
+    before, seen = torch.get_num_threads(), []
+    hook = tiny.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    P.embed_proteins({"a": "MKT"}, tiny, cache=None, threads=before + 1, progress=False); hook.remove()
+    assert seen == [before + 1] and torch.get_num_threads() == before
 
 
 class Evil:
@@ -242,6 +271,17 @@ def test_molecules_are_sources():
     assert np.allclose(np.diag(T), 1) and T[0, 1] > T[0, 2]
 
 
+def test_properties_are_computed_once_and_kept_by_content(tmp_path, monkeypatch):
+    import biojepa.molecules as M
+    first = descriptors(DRUGS, cache=tmp_path)
+    assert len(list(tmp_path.rglob("*.npy"))) == len(DRUGS) and first.equals(descriptors(DRUGS, cache=None))
+    monkeypatch.setattr(M.Descriptors, "MolLogP", lambda m: pytest.fail("computed again"))
+    assert descriptors({"renamed": DRUGS["caffeine"]}, cache=tmp_path).loc["renamed"].equals(first.loc["caffeine"].rename("renamed"))
+    assert molecule_features(DRUGS, progress=False, cache=tmp_path)["properties"].equals(first)
+    for other in (dict(cache=None), dict(cache=tmp_path / "elsewhere")):
+        with pytest.raises(pytest.fail.Exception): descriptors(DRUGS, **other)
+
+
 def test_copies_are_dropped_and_missing_structures_named():
     effects = pd.DataFrame(np.random.default_rng(0).normal(size=(4, 3)), index=["aspirin", "caffeine", "salt of aspirin", "unknown"], columns=list("ABC"))
     effects.loc["salt of aspirin"] = effects.loc["aspirin"]
@@ -298,6 +338,12 @@ def test_language_models_through_transformers(tmp_path):
     frame = language_features(texts, language, cache=tmp_path / "c", progress=False)["language"]
     with torch.inference_mode(): byhand = net(torch.tensor([[2, 4, 5, 6, 3]])).last_hidden_state[0, 1:-1].mean(0)
     assert np.allclose(frame.loc["short"], byhand, atol=1e-5)
+    before, seen = torch.get_num_threads(), []
+    language.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    again = language_features({"renamed": texts["short"]}, language, cache=tmp_path / "c", progress=False)["language"]
+    assert not seen and np.array_equal(again.loc["renamed"], frame.loc["short"])
+    language_features({"x": "GGT"}, language, cache=None, threads=before + 1, progress=False)
+    assert seen == [before + 1] and torch.get_num_threads() == before
     w = language.window
     parts = [language_features({"x": texts["long"][a:a + w]}, language, cache=None, progress=False)["language"].loc["x"] * len(texts["long"][a:a + w]) for a in range(0, 120, w)]
     assert np.allclose(frame.loc["long"], sum(parts) / 120, atol=1e-4)
