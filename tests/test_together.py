@@ -186,3 +186,12 @@ def test_norman_and_papalexi_train_one_model():
         own = [t for t in split.test if t in set(c.obs.perturbation)]
         p = Inside(model, n, c).predict(c, own)
         assert p.shape == (len(own), c.n_vars) and np.isfinite(p.X).all() and p.X.std() > 0
+
+
+def test_one_network_trains_on_two_screens(joint):
+    a, b, split, both, _ = joint
+    model = bj.BioJEPA.fit(both, split, floor=False, model=dict(width=16, layers=1, predictor_layers=1), pretraining=dict(steps=4, batch=8),
+                           training=dict(steps=6, sets=4, cells=2, validate_every=3), progress=False, device="cpu")
+    for n, c in (("a", a), ("b", b)):
+        out = Inside(model, n, c).predict(c, ["G4"], "L")
+        assert np.isfinite(out.X).all() and out.X.any() and set(out.var_names) <= set(c.var_names)
