@@ -59,9 +59,10 @@ def part_modes(
     name: str, # 'A+B'
     mode: str, # one mode for all parts, or 'CRISPRi+drug', one for each in the order of `parts`
 ) -> list: # [('A', 'CRISPRi'), ('B', 'drug')]
-    "What is done to each part of a condition."
-    own = mode.split("+")
-    return list(zip(parts(name), own if len(own) > 1 else own * len(parts(name))))
+    "What is done to each part of a condition. Raises BadCells for another number of modes."
+    targets, own = parts(name), mode.split("+")
+    if len(own) not in (1, len(targets)): raise BadCells(f"perturbation {name!r} has {len(targets)} parts, but mode {mode!r} has {len(own)}; give one mode, or one for each part")
+    return list(zip(targets, own if len(own) > 1 else own * len(targets)))
 
 def join_parts(
     names, # targets, in any order

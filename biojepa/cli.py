@@ -30,7 +30,7 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.formatwarning = lambda message, category, *_, **__: f"{category.__name__}: {message}\n"     # a word to the user, not a place in the code
     try: app()
-    except (ValueError, KeyError, OSError, AssertionError) as e:
+    except (ValueError, KeyError, OSError, AssertionError, ImportError) as e:
         typer.secho(f"{type(e).__name__}: {e if isinstance(e, OSError) else e.args[0] if e.args else e}", fg="red", err=True)
         raise SystemExit(2)
 
@@ -246,7 +246,7 @@ def make_features(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad: features of their targets and genes."), out: Path = typer.Option(Path("features"), help="Folder; give it to --features."),
     go: Optional[Path] = typer.Option(None, help="Annotations of the Gene Ontology, such as goa_human.gaf.gz."),
     proteins: Optional[Path] = typer.Option(None, help="Protein sequences with gene names, such as UP000005640_9606.fasta.gz of UniProt."),
-    smiles: Optional[Path] = typer.Option(None, help="Structures of drugs: csv or tsv, names first, a column smiles."), sequences: Optional[Path] = typer.Option(None, help="DNA or RNA of guides or transcripts, FASTA: their words of four letters."),
+    smiles: Optional[Path] = typer.Option(None, help="Structures of drugs: csv or tsv with a column smiles; names in a column name, or in the first."), sequences: Optional[Path] = typer.Option(None, help="DNA or RNA of guides or transcripts, FASTA, or csv or tsv with a column sequence: their words of four letters."),
     model: str = typer.Option("esm2_t6_8M_UR50D", help="ESM-2 for --proteins: a name, downloaded once, or a file."), targets_only: bool = typer.Option(False, help="Not the genes that nobody perturbed."),
     aliases: Optional[Path] = typer.Option(None, help="HGNC's complete set, to find renamed genes."), device: Optional[str] = typer.Option(None, help="cpu, cuda or mps, for ESM-2; the best at hand without it."), progress: bool = typer.Option(True, help="Show bars."),
 ):
@@ -265,34 +265,48 @@ def make_features(
         lost = [t for t in targets if t not in frame.index]
         typer.echo(f"{out/n}.parquet: {len(frame)} genes x {frame.shape[1]}; {len(targets) - len(lost)} of {len(targets)} targets" + (f", not {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}" if lost else ""))
 
+# %% ../nbs/80_cli.ipynb #c027
 def _sources(names, go, proteins, smiles, sequences, model, aliases, device, progress):
     "Source -> DataFrame for those of the names that it knows."
     from biojepa.describe import Symbols, UnknownGene, describe, go_features
     from biojepa.pretraining import pick_device
-    from biojepa.molecules import molecule_features
-    from biojepa.nucleotides import kmer_profile
-    from biojepa.proteins import load_esm2, protein_features, read_fasta, read_proteins
+    from biojepa.proteins import load_esm2, protein_features, read_proteins
     if not (go or proteins or smiles or sequences): raise ValueError("name a source: --go, --proteins, --smiles or --sequences")
     symbols = Symbols.read(aliases) if aliases else None
     def today(n):
         try: return symbols.resolve(n) if symbols else n
         except UnknownGene: return n
     found = {"go": go_features(go)} if go else {}
-    if smiles: found |= molecule_features(_asked(_structures(smiles), names, smiles), progress=progress)
-    if sequences: found["words"] = kmer_profile(_asked(read_fasta(sequences), names, sequences), progress=progress)
+    if smiles: found |= _of_structures(_asked(_column(smiles, "smiles", "canonical_smiles", "inchi"), names, smiles), progress)
+    if sequences: found["words"] = _of_sequences(sequences, names, progress)
     if proteins:
         known = read_proteins(proteins)
         both = {g for n in names for g in (n, today(n)) if g in known}
         found |= protein_features(sorted(both), known, load_esm2(model, str(pick_device(device))), source="esm2", progress=progress)
     with warnings.catch_warnings(): warnings.simplefilter("ignore"); return describe(names, found, symbols).sources
 
-def _structures(path):
-    "Name -> SMILES of a table."
+# %% ../nbs/80_cli.ipynb #c028
+def _of_structures(known, progress):
+    from biojepa.molecules import molecule_features                           # RDKit, which not everybody has
+    return molecule_features(known, progress=progress)
+
+def _of_sequences(path, names, progress):
+    from biojepa.nucleotides import kmer_profile
+    from biojepa.proteins import read_fasta
+    table = Path(path).name.removesuffix(".gz").endswith((".csv", ".tsv"))
+    return kmer_profile(_asked(_column(path, "sequence") if table else read_fasta(path), names, path), progress=progress)
+
+def _column(path, *wanted):
+    "Name -> text of a csv or tsv; names are in a column `name`, or in the first other one."
     import pandas as pd
-    table = pd.read_csv(path, sep=None, engine="python", index_col=0)
-    column = next((c for c in table if str(c).lower() in ("smiles", "canonical_smiles", "inchi")), None)
-    if column is None: raise ValueError(f"{path} has no column smiles; it has {list(table)}")
-    return table[column].dropna().astype(str).to_dict()
+    table = pd.read_csv(path, sep=None, engine="python", dtype=str)
+    known = {str(c).lower(): c for c in table}
+    text = next((known[w] for w in wanted if w in known), None)
+    if text is None: raise ValueError(f"{path} has no column {wanted[0]}; it has {list(table)}")
+    others = [c for c in table if c != text]
+    if not others: raise ValueError(f"{path} has no column of names beside {text!r}")
+    name = known.get("name", others[0])
+    return table.dropna(subset=[name, text]).set_index(name)[text].to_dict()
 
 def _asked(known, names, path):
     "What a file knows of the names."
@@ -300,7 +314,7 @@ def _asked(known, names, path):
     if not own: raise ValueError(f"{path} has none of the targets: it has names such as {', '.join(map(str, list(known)[:3]))}, the cells {', '.join(names[:3])}")
     return own
 
-# %% ../nbs/80_cli.ipynb #c027
+# %% ../nbs/80_cli.ipynb #c029
 @app.command()
 def fit(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad."), out: Path = typer.Option(..., help="Folder for the model; a killed run goes on."),
@@ -344,7 +358,7 @@ def predict(
     for n in answer.obs_names: typer.echo(f"{n} (support {answer.obs.support[n]:.2f}): {', '.join(top[n].nlargest(8).index)}")
     typer.echo(f"{out}: layers delta, mean, std")
 
-# %% ../nbs/80_cli.ipynb #c028
+# %% ../nbs/80_cli.ipynb #c030
 @app.command()
 def score(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad."), models: List[Path] = typer.Argument(..., help="Folders that `fit` wrote, all on one split."),
@@ -364,7 +378,7 @@ def score(
     card.to_csv(out); typer.echo(card.wide().to_string()); typer.echo(str(out))
     if page: card.to_html(page); typer.echo(f"open {page}")
 
-# %% ../nbs/80_cli.ipynb #c030
+# %% ../nbs/80_cli.ipynb #c032
 data_app = typer.Typer(help="Public screens: what there is, what it is worth, and the download.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -386,7 +400,7 @@ def data_show(name: str = typer.Argument(..., help="Such as norman; see `biojepa
     from biojepa.catalog import show
     typer.echo(show(name))
 
-# %% ../nbs/80_cli.ipynb #c031
+# %% ../nbs/80_cli.ipynb #c033
 @data_app.command("get")
 def data_get(
     name: str = typer.Argument(..., help="Such as norman; see `biojepa data list`."), source: Optional[str] = typer.Option(None, help="Whose file; the first of `show` without it."),

@@ -174,7 +174,7 @@ def known_targets(
         target = next((c for r in ranks for c in [n, *others] if c in r), n)
         lacking = [s for s, f in frames.items() if target not in f.index]
         stranger = not any(target in r for r in ranks[:2])
-        if stranger and not why and sum(bool(r[3]) for r in rows) < 3: why = _near(n, ranks)              # as many as a warning tells
+        if not why and not any(target in r for r in ranks) and sum(bool(r[3]) for r in rows) < 3: why = _near(n, ranks)   # as many as a warning tells
         rows.append((target, target in ranks[0], "everything" if stranger else ", ".join(lacking), why))
     return pd.DataFrame(rows, index=list(names), columns=["target", "seen", "missing", "why"])
 

@@ -23,7 +23,7 @@ from .cells import CONTROL, MODES, BadCells, add_mode, check, dense, effects, ge
 from .describe import Symbols, known_targets, more_targets, warn_unknown
 from .featurizers import FeatureTable, MissingFeatures, as_table, encode_actions
 from .model import ModelConfig, build, configure
-from .perturbations import Action, actions_of
+from .perturbations import Action, BadAction, _each, actions_of
 from .predictor import grow_modes, renumber_modes
 from .pretraining import PretrainConfig, pick_device, pretrain, write_atomic
 from .priors import CLEAR, agreements
@@ -330,8 +330,7 @@ def _action(self: BioJEPA, name, mode, dose, time=None):
     if name == CONTROL: return Action(())
     written = [p.strip() for p in name.split("+")]
     def each(value, default):
-        if isinstance(value, str): value = dict(zip(written, value.split("+") if "+" in value else [value] * len(written)))
-        own = [value.get(p) if isinstance(value, dict) else value for p in written]
+        own = [value.get(p) for p in written] if isinstance(value, dict) else _each(value, len(written), name)
         return [default(p) if v is None else v for p, v in zip(written, own)]
     return Action.parse(name, each(mode, lambda p: self.modes.get(p, common)), each(dose, lambda p: 1.0), each(time, lambda p: np.nan if self.time is None else self.time))
 
@@ -365,15 +364,23 @@ BioJEPA.knowing = _knowing
 # %% ../nbs/43_estimator.ipynb #c038
 def _meant(self: BioJEPA, names, mode, dose, time, symbols):
     "An Action for each name, by the model's own names of its targets; what is missing of it. Warns of strangers."
+    for n in names: Action.parse(n)                                           # a label that cannot be meant is refused first
     known = known_targets(_targets(names), self.table, self._seen(), symbols, self.genes)
-    warn_unknown(known)
     own = known.target.to_dict()
-    mode, dose, time = ({own.get(t, t): x for t, x in v.items()} if isinstance(v, dict) else v for v in (mode, dose, time))
+    mode, dose, time = (_of_parts(k, v, own) for k, v in dict(mode=mode, dose=dose, time=time).items())
+    warn_unknown(known)
     actions = [self._action("+".join(own.get(p.strip(), p) for p in n.split("+")), mode, dose, time) for n in names]
     strange = sorted({p.mode for a in actions for p in a.parts} - set(self.modes.values()))
     if strange and self.modes: warnings.warn(f"no training action was of mode {', '.join(strange)} (there were {', '.join(sorted(set(self.modes.values())))}): support 0", MissingFeatures, stacklevel=3)
     lack = known.missing.to_dict()
     return actions, ["; ".join(f"{p}: {lack[p]}" for p in parts(n) if lack[p]) for n in names]
+
+def _of_parts(what, value, own):
+    "A dict of parts by the model's own names of them. Raises BadAction for one that was not asked for."
+    if not isinstance(value, dict): return value
+    odd = [t for t in value if t not in own and t not in own.values()]
+    if odd: raise BadAction(f"{what} of {odd[0]!r}, which is no part of what is asked for; the parts are {', '.join(list(own)[:8])}")
+    return {own.get(t, t): x for t, x in value.items()}
 
 BioJEPA._meant = _meant
 

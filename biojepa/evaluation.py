@@ -401,7 +401,7 @@ def scorecard(
     essentiality: dict | None = None, # gene -> bool or number; with it or with pathways, the embeddings of models that have some are probed
 ) -> Card:
     "Judge predictors on the test perturbations of one split or of folds, beside the baselines. Raises Leak, KeyError or ValueError, naming what is wrong."
-    if cells.uns.get("biojepa", {}).get("kind") == "signature": raise ValueError("these are signatures, not cells: judge them with biojepa.score_signatures(data, split, predictors)")
+    if cells.uns.get("biojepa", {}).get("kind") == "signature": raise ValueError("these are signatures, not cells: biojepa.signatures.score_signatures(data, folds, features) judges them")
     check(cells); chosen(metrics)
     several = list(split) if isinstance(split, list) else [split]
     for s in several: check_split(s, cells)

@@ -20,7 +20,7 @@ from sklearn.neighbors import KNeighborsRegressor
 
 # %% ../nbs/55_more_baselines.ipynb #c004
 from .baselines import BASELINES, ENOUGH, Baseline, RidgeEffects, beyond, in_context, pearson_rows, training_mean
-from .cells import CONTROL, effects, parts
+from .cells import CONTROL, effects, part_modes, parts
 from .perturbations import Action
 from .priors import LinearResponse
 
@@ -157,7 +157,7 @@ class ResponseEffects(Baseline):
     settings = (0.03, 0.1, 0.3, 1.0, 3.0) # shrinkage of the correlation matrix
     def learn(self, cells, table):
         modes = cells.obs[["perturbation", "mode"]].astype(str).drop_duplicates("perturbation").set_index("perturbation")["mode"]
-        self.modes, self.usual = modes.to_dict(), modes[list(self.split.train)].mode()[0]
+        self.modes, self.usual = modes.to_dict(), pd.Series([own for n in self.split.train for _, own in part_modes(n, modes[n])]).mode()[0]
         train, held = self.split.cells(cells, "train"), validation(cells, self.split)
         self.names, self.lines = (list(self.observed.index.get_level_values(i)) for i in (1, 0))
         own, y = self.targets(self.names), self.observed.values - training_mean(self.observed, self.lines)

@@ -29,9 +29,13 @@ class Part:
     time: float = math.nan    # hours; NaN is unknown
 
     def __post_init__(self):
-        for name in ('dose', 'time'): object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ('dose', 'time'): object.__setattr__(self, name, self._float(name))
         why = self._wrong()
         if why: raise BadAction(f'{self.target!r}: {why}')
+
+    def _float(self, name):
+        try: return float(getattr(self, name))
+        except (TypeError, ValueError): raise BadAction(f'{self.target!r}: {name} {getattr(self, name)!r} is not a number') from None
 
     def _wrong(self):
         if not isinstance(self.target, str) or not self.target.strip(): return 'a target needs a name'
@@ -51,11 +55,11 @@ class Part:
         return f'{self.target} ({self.mode}{dose}{time})'
 
 # %% ../nbs/20_perturbations.ipynb #c025
-def _each(value, n):
+def _each(value, n, name=None):
     "One value for each of n parts: a single one is repeated, a list, or modes joined by '+', must have n entries."
     if isinstance(value, str) and '+' in value: value = value.split('+')
     values = list(value) if isinstance(value, (list, tuple)) else [value] * n
-    if len(values) != n: raise BadAction(f'{len(values)} values {values} for {n} parts')
+    if len(values) != n: raise BadAction(f'{len(values)} values {values} for {n} parts' + (f' of {name!r}' if name else ''))
     return values
 
 # %% ../nbs/20_perturbations.ipynb #c027
@@ -87,7 +91,7 @@ class Action:
         if targets == [CONTROL]: return cls()
         if '' in targets: raise BadAction(f'label {name!r} has an empty part')
         if any(t.count('[') != t.count(']') for t in targets): raise BadAction(f"{name!r}: its '+' would cut a bracket in two. Give the molecule a name, and its SMILES as features")
-        return cls(tuple(map(Part, targets, *(_each(v, len(targets)) for v in (mode, dose, time)))))
+        return cls(tuple(map(Part, targets, *(_each(v, len(targets), name) for v in (mode, dose, time)))))
 
     @property
     def targets(self): return tuple(p.target for p in self.parts)
@@ -104,14 +108,15 @@ def actions_of(
         groups: pd.DataFrame,   # column perturbation; optional mode, dose, time, as in obs of prepared cells, and efficiency
         mode: str = 'CRISPRi'   # used where there is no column mode
     ) -> list:                  # one Action per row
-    "The action of every row. A mode like 'CRISPRi+drug' gives each part its own, in the order of the label. Efficiency is a share of the dose; NaN is unknown and counts as 1."
+    "The action of every row. A mode like 'CRISPRi+drug' gives each part its own, in the order of the label. Efficiency is a share of the guides' dose; NaN is unknown and counts as 1."
     if 'perturbation' not in groups: raise BadAction(f"no column 'perturbation' among {list(groups.columns)}")
     column = lambda name, default: groups[name] if name in groups else [default] * len(groups)
     rows = zip(groups['perturbation'], column('mode', mode), column('dose', 1.), column('time', math.nan), column('efficiency', 1.))
-    return [Action.parse(n, m, _weaker(n, d, e), t) for n, m, d, t, e in rows]
+    return [Action.parse(n, m, _weaker(n, m, d, e), t) for n, m, d, t, e in rows]
 
-def _weaker(name, dose, efficiency):
-    "The dose that a guide of this efficiency comes to; NaN is unknown."
+def _weaker(name, mode, dose, efficiency):
+    "The dose that a guide of this efficiency comes to; NaN is unknown. A drug has no guide."
     if math.isnan(efficiency) or efficiency == 1: return dose
     if not 0 <= efficiency <= 1: raise BadAction(f'{name!r}: efficiency {efficiency} is not between 0 and 1')
-    return [d * efficiency for d in dose] if isinstance(dose, (list, tuple)) else dose * efficiency
+    doses, modes = (_each(v, str(name).count('+') + 1, name) for v in (dose, mode))
+    return [d if m in ('drug', 'cytokine') else d * efficiency for d, m in zip(doses, modes)]

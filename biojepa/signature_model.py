@@ -494,6 +494,7 @@ def _predict(self: SignatureModel,
     if mode is not None and (mode not in MODES or mode == CONTROL): raise BadSignatures(f"unknown mode {mode!r}; one of {', '.join(MODES[1:])}")
     common = mode or max(set(self.modes.values()), key=list(self.modes.values()).count)
     names = [names] if isinstance(names, str) else names
+    for n in names or (): Action.parse(n)                                     # a label that cannot be meant is refused first
     joined = [n for n in names or () if "+" in n and n not in self.modes and (self.table is None or not any(n in f.index for f in self.table.sources.values()))]
     if joined: raise BadSignatures(f"{joined[0]!r} is a combination, and signatures are of single perturbations: ask for {' and '.join(parts(joined[0]))} one by one")
     pairs = list(zip(data.obs.perturbation, data.obs.cell_type)) if names is None else [(n, c) for c in ([cell_type] if cell_type else self.lines) for n in names]

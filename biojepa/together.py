@@ -12,7 +12,7 @@ from anndata import AnnData
 from scipy import sparse
 
 # %% ../nbs/16_together.ipynb #c003
-from .cells import BadCells, CONTROL, _first, check, dense, gene_hash
+from .cells import BadCells, CONTROL, _first, check, dense, gene_hash, part_modes, parts
 from .splits import Split, check_split
 
 # %% ../nbs/16_together.ipynb #c005
@@ -110,21 +110,25 @@ class Inside:
         name: str, # which dataset
         cells: AnnData, # its own prepared cells
     ):
-        treated = cells.obs["mode"][(cells.obs.perturbation != CONTROL).to_numpy()]
-        self.model, self.name, self.mode, self.split = model, name, treated.mode().iloc[0], model.split
+        treated = cells.obs[(cells.obs.perturbation != CONTROL).to_numpy()]
+        every = [own for n, m in zip(treated.perturbation, treated["mode"]) for own in part_modes(n, m)]
+        self.modes, self.mode = dict(every), pd.Series([m for _, m in every]).mode()[0]
+        self.model, self.name, self.split = model, name, model.split
         self.genes = [g for g in cells.var_names if g in set(model.genes)]
 
     def predict(self,
         cells: AnnData, # prepared cells of this dataset, with controls
         names, # perturbations
         cell_type: str | None = None, # its own name of a line
-        mode: str | None = None, # None: the mode of this dataset
-        dose: float | None = None, # None: 1
+        mode: str | dict | None = None, # as of `BioJEPA.predict`; None: as in this dataset, its commonest for targets that it has not
+        dose: float | dict | None = None, # None: 1
     ) -> AnnData: # as `BioJEPA.predict`, over the genes that both the model and the dataset have
         "Effects in this dataset."
+        names = [names] if isinstance(names, str) else list(names)
+        mode = mode or {p: self.modes.get(p, self.mode) for n in names for p in parts(n)}
         joint = AnnData(_aligned(cells, pd.Index(self.model.genes), 0.0), obs=_renamed(self.name, cells), var=pd.DataFrame(index=list(self.model.genes)),
                         uns={"biojepa": {**cells.uns["biojepa"], "genes_hash": gene_hash(self.model.genes)}})
-        out = self.model.predict(joint, names, cell_type and f"{self.name}:{cell_type}", mode or self.mode, dose)[:, self.genes].copy()
+        out = self.model.predict(joint, names, cell_type and f"{self.name}:{cell_type}", mode, dose)[:, self.genes].copy()
         out.obs["cell_type"] = out.obs.cell_type.str.removeprefix(f"{self.name}:")
         out.obs_names = [n.replace(f"@{self.name}:", "@") for n in out.obs_names]
         return out

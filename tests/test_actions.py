@@ -235,3 +235,17 @@ def test_no_table_no_warning():
 
 def test_labels_are_not_actions():
     with pytest.raises(TypeError, match="not an Action"): encode_actions(["A+B"], GENES)
+
+
+@few
+@given(st.lists(st.sampled_from(MODES[1:]), min_size=1, max_size=4), st.floats(0, 1), st.floats(0.1, 10))
+def test_efficiency_weakens_guides_and_no_drug(modes, efficiency, dose):
+    "Each part of an action, whatever is done beside it; what nobody measured changes nothing."
+    name = "+".join("ABCD"[:len(modes)])
+    rows = pd.DataFrame(dict(perturbation=name, mode="+".join(modes), dose=dose, efficiency=[efficiency, math.nan]))
+    weak, whole = actions_of(rows)
+    for m, p, q in zip(modes, weak.parts, whole.parts): assert p.mode == m and q.dose == dose and math.isclose(p.dose, dose if m in ("drug", "cytokine") else dose * efficiency)
+
+
+@pytest.mark.parametrize("bad", [dict(dose="high"), dict(dose=[[1, 2]]), dict(dose=[{}]), dict(time="noon"), dict(dose=[1, 2]), dict(mode="drug+CRISPRi")])
+def test_what_is_no_number_is_named(bad): assert "'A'" in refused(lambda: Action.parse("A", **bad), BadAction)

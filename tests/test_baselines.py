@@ -120,6 +120,16 @@ def test_linear_response_reads_wiring_that_is_there(screen):
     assert others(real) > others(blind) and real.beta > blind.beta
 
 
+def test_the_usual_mode_is_of_a_part(screen):
+    "Where pairs of a gene and a drug are the most, a stranger gets what is done to most parts, as in the screen of single genes."
+    cells, _, fold = screen
+    mixed = cells.copy(); pairs = mixed.obs.perturbation.str.contains("+", regex=False)
+    mixed.obs["mode"] = np.where(mixed.obs.perturbation == "control", "control", np.where(pairs, "CRISPRi+drug", "CRISPRi"))
+    few = replace(fold, train=tuple(n for n in fold.train if "+" in n or n in {p for m in fold.train + fold.val + fold.test if "+" in m for p in m.split("+")}))
+    model = ResponseEffects().fit(mixed, few)
+    assert model.usual == "CRISPRi" and model.predict(cells, ["NOBODY"]).n_obs == 1
+
+
 def test_stack_without_features_is_the_linear_response(screen):
     cells, features, fold = screen
     a, b = (k().fit(cells, fold).predict(cells, fold.test).X for k in (ResponseEffects, RidgeResponse))

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 from scipy import sparse
 
 import biojepa as bj
-from biojepa.cells import CONTROL, KEYS, MODES, BadCells, add_mode, check, conditions, dense, effects, gene_hash, gene_names, join_parts, parts, prepare
+from biojepa.cells import CONTROL, KEYS, MODES, BadCells, add_mode, check, conditions, dense, effects, gene_hash, gene_names, join_parts, part_modes, parts, prepare
 from biojepa.perturbations import Action, BadAction, actions_of
 from biojepa.simulator import simulate
 from biojepa.sets import SetSampler, visit
@@ -255,6 +255,14 @@ def test_efficiency_of_guides_reaches_the_actions():
     for bad in (80, "good"):
         a.obs["efficiency"] = a.obs.efficiency.astype(object); a.obs.iloc[5, a.obs.columns.get_loc("efficiency")] = bad
         assert f"'efficiency' says {bad!r} for cell 'cell5'" in refused(lambda: prepare(a))
+
+
+def test_as_many_modes_as_parts():
+    for name in ("control", "A", "B+A", "A+B+C"):
+        assert part_modes(name, "drug") == [(p, "drug") for p in parts(name)]
+        own = list(MODES[1:1 + len(parts(name))])
+        if own: assert part_modes(name, "+".join(own)) == list(zip(parts(name), own))
+        assert "give one mode, or one for each part" in refused(lambda: part_modes(name, "drug+CRISPRi+CRISPRa+drug"))
 
 
 def test_a_structure_is_not_cut_at_its_charge():

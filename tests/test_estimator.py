@@ -288,7 +288,21 @@ def test_dose_time_and_mode_of_each_part(model, screen):
         assert np.allclose(say(), say(dose={a: 1.0}), atol=1e-6) and np.allclose(say(dose={a: 0.0, b: 0.0}), 0, atol=1e-6)
         assert not np.allclose(say(dose={a: 0.3}), say(dose={b: 0.3}), atol=1e-5)
         assert np.array_equal(say(mode="drug+CRISPRa"), say(mode={a: "CRISPRa", b: "drug"})) and np.array_equal(say(time=24), say(time={a: 24, b: 24}))
+        assert np.array_equal(say(dose=[0.3, 2.0]), say(dose={b: 0.3, a: 2.0})) and np.array_equal(say(mode=["drug", "CRISPRa"]), say(mode="drug+CRISPRa"))
         with pytest.warns(MissingFeatures, match=f"{a}X is near .*{a}"): model.predict(cells, f"{a}X")
+
+
+@pytest.mark.parametrize("how, says", [(dict(dose={"KLF1": 2}), "dose of 'KLF1', which is no part of what is asked for"), (dict(time={"A+B": 2}), "time of 'A.B', which is no part"), (dict(mode="drug+CRISPRi"), "2 values .* for 1 parts of 'GENE"),
+                                       (dict(mode={"KLF1": "drug"}), "mode of 'KLF1'"), (dict(dose=[1, 2]), "2 values"), (dict(dose="high"), "dose 'high' is not a number"), (dict(time="noon"), "time 'noon' is not a number")])
+def test_doses_times_and_modes_that_fit_nothing_are_named(model, screen, how, says):
+    cells, _, fold = screen
+    with pytest.raises(BadAction, match=says): model.predict(cells, next(n for n in fold.train if "+" not in n), **how)
+
+
+def test_a_structure_as_a_name_is_refused_before_anything_is_said(model, screen):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BadAction, match="cut a bracket in two"): model.predict(screen[0], "C[N+](C)C")
 
 
 def test_genes_and_drugs_at_once():

@@ -415,3 +415,9 @@ def test_alignment_finds_held_out_partners_and_nothing_in_noise():
     assert max(v for _, v in true.history) == pytest.approx(np.mean([retrieval(true.transform(a).loc[names[120:150]], true.transform(b).loc[names[120:150]]).mean() for a, b in [("a", "b")]]))
     refused(lambda: align({"a": one, "b": two}, names[:50], names[40:60]), ValueError)
     refused(lambda: align({"a": one}, names[:50], names[60:80]), ValueError)
+
+
+def test_names_nearby_are_told_of_strangers_alone():
+    "A typo gets the names that are known; a measured gene is no typo."
+    known = known_targets(["KLF11", "KLF2", "LINC01"], None, ["KLF1"], genes=["KLF2", "KLF21"])
+    assert known.why["KLF11"].startswith("KLF11 is near") and "KLF1" in known.why["KLF11"] and list(known.why[1:]) == ["", ""]

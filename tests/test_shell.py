@@ -113,7 +113,23 @@ def test_features_of_structures_and_sequences(cells, tmp_path):
     (tmp_path / "s.fa").write_text("".join(f">{g}\n{'ACGT'[i % 4] * 6}GATTACA\n" for i, g in enumerate(targets)))
     out = shell("features", cells, "--out", tmp_path / "f", "--smiles", tmp_path / "d.tsv", "--sequences", tmp_path / "s.fa", "--no-progress")
     assert f"5 of {len(targets)} targets" in out and f"{len(targets)} genes x 256; {len(targets)} of" in out
-    assert set(FeatureTable.read(tmp_path / "f").sources) == {"Morgan", "properties", "words"}
+    read = FeatureTable.read(tmp_path / "f").sources
+    assert set(read) == {"Morgan", "properties", "words"}
+    rows = [f"{i},{g},{'C' * (i + 1)}O,{'ACGT'[i % 4] * 6}GATTACA" for i, g in enumerate(targets[:5])]
+    (tmp_path / "t.csv").write_text("\n".join(["number,name,SMILES,Sequence", *rows]))                             # the columns are found, in any order
+    (tmp_path / "u.csv").write_text("\n".join(["smiles,drug", *(f"{r.split(',')[2]},{r.split(',')[1]}" for r in rows)]))
+    for n, words in {"t": ("--smiles", tmp_path / "t.csv", "--sequences", tmp_path / "t.csv"), "u": ("--smiles", tmp_path / "u.csv")}.items():
+        shell("features", cells, "--out", tmp_path / n, *words, "--no-progress")
+        for k, x in FeatureTable.read(tmp_path / n).sources.items(): pd.testing.assert_frame_equal(x, read[k].loc[x.index])
+
+
+def test_annotations_need_no_rdkit(cells, annotations, tmp_path):
+    "RDKit is for --smiles alone, and without it that is one red line."
+    run = lambda *words: subprocess.run([sys.executable, "-W", "ignore", "-c", "import sys; sys.modules['rdkit'] = None; from biojepa.cli import main; main()", "features", str(cells), "--out", str(tmp_path / "f"), *map(str, words)], capture_output=True, text=True)
+    assert run("--go", annotations).returncode == 0
+    (tmp_path / "d.csv").write_text("name,smiles\n" + anndata.read_h5ad(cells).obs.perturbation[lambda p: p != CONTROL].iloc[0] + ",CCO\n")
+    out = run("--smiles", tmp_path / "d.csv")
+    assert out.returncode == 2 and "pip install 'biojepa[molecules]'" in out.stderr and "Traceback" not in out.stderr, out.stderr
 
 
 def test_prepared_cells_go_straight_into_demo(cells, annotations, tmp_path):

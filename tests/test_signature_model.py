@@ -1,5 +1,8 @@
 "A model of signatures: laws on made-up labels, and `BioJEPA` as the one entry."
+import importlib
+import inspect
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,6 +13,7 @@ import biojepa as bj
 from biojepa.cells import MODES, add_mode
 from biojepa.describe import Symbols
 from biojepa.featurizers import MissingFeatures
+from biojepa.perturbations import BadAction
 from biojepa.signature_model import (SignatureModel, View, ViewConfig, base_rates, check_signature, conjugate_gradients, paired_auroc, signature_loss,
                                      stack_weights, unit_features, value_signatures)
 from biojepa.signatures import QUESTIONS, BadSignatures, auroc_interval, gene_auroc, label_pairs, signature_folds, signatures, read_signatures
@@ -223,4 +227,7 @@ def test_errors_name_what_is_wrong(data, model):
                       (lambda: model.predict(sig[:, :5], ["P1"]), "genes"), (lambda: model.predict(sig, ["P1+P2"]), "ask for P1 and P2 one by one"),
                       (lambda: model.predict(sig, ["P1"], mode="magic"), "unknown mode 'magic'; one of CRISPRi")):
         with pytest.raises(BadSignatures, match=word): bad()
-    with pytest.raises(ValueError, match="signatures, not cells.*score_signatures"): bj.scorecard(sig, fold, {"base": model})
+    with pytest.raises(ValueError, match="signatures, not cells.*score_signatures") as said: bj.scorecard(sig, fold, {"base": model})
+    module, name, wants = re.search(r"(biojepa\.\w+)\.(\w+)\((.*)\)", str(said.value)).groups()                      # what it points to is there, and takes that
+    assert list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)[:3] == wants.split(", ")
+    with pytest.raises(BadAction, match="cut a bracket in two"): model.predict(sig, ["C[N+](C)C"])

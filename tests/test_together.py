@@ -159,7 +159,19 @@ def test_inside_passes_the_mode_of_its_screen(joint, monkeypatch):
     asked, real = [], model.predict
     monkeypatch.setattr(model, "predict", lambda cells, names, cell_type, mode, dose: asked.append(mode) or real(cells, names, cell_type, mode, dose))
     for n, c, mode in (("a", a, None), ("b", b, None), ("b", b, "CRISPRi")): Inside(model, n, c).predict(c, ["G4"], "L", mode)
-    assert asked == ["CRISPRi", "CRISPRa", "CRISPRi"]
+    assert asked == [{"G4": "CRISPRi"}, {"G4": "CRISPRa"}, "CRISPRi"]
+
+
+def test_inside_knows_the_mode_of_each_target(joint, monkeypatch):
+    "A screen of genes and a drug, mostly together: no target gets the modes of a pair, and a new one gets the commonest."
+    a, b, s, both, model = joint
+    mixed = a.copy(); asked, real = [], model.predict
+    mixed.obs["perturbation"] = mixed.obs.perturbation.replace({"G2": "DRUG+G1", "G3": "DRUG+G1", "G4": "DRUG"}).map(lambda n: "DRUG+G1" if "+" in n else n)
+    mixed.obs["mode"] = mixed.obs.perturbation.map({CONTROL: CONTROL, "G1": "CRISPRi", "DRUG": "drug", "DRUG+G1": "drug+CRISPRi"})
+    monkeypatch.setattr(model, "predict", lambda cells, names, cell_type, mode, dose: asked.append(mode) or real(cells, names, cell_type, mode, dose))
+    inside = Inside(model, "a", mixed)
+    for n in ("G1", "DRUG+G1", "DRUG", "G9"): inside.predict(mixed, n, "L")
+    assert asked[:3] == [{"G1": "CRISPRi"}, {"DRUG": "drug", "G1": "CRISPRi"}, {"DRUG": "drug"}] and asked[3]["G9"] in ("CRISPRi", "drug")
 
 
 def test_the_scorecard_takes_it(joint):
