@@ -8,6 +8,7 @@ __all__ = ['COMPONENTS', 'TREES', 'ALL_BASELINES', 'two_agreements', 'validation
 
 # %% ../nbs/55_more_baselines.ipynb #c003
 import numpy as np
+import pandas as pd
 from anndata import AnnData
 from scipy.optimize import nnls
 from sklearn.base import BaseEstimator, RegressorMixin

@@ -1,4 +1,6 @@
 "The larger set of baselines: laws that hold for any screen, on small simulated ones."
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
