@@ -487,10 +487,12 @@ def _predict(self: SignatureModel,
     mode: str | None = None, # for targets that training did not see; None: the commonest of training
     features=None, # of perturbations that the model has no features of, see `knowing`
     symbols: Symbols | None = None, # aliases, for names of which nothing is known
+    dose=None, time=None, # for the signature of `BioJEPA.predict` only: here they are refused
 ) -> AnnData: # rows (perturbation, line), obs support and missing; labels: layers change (probability) and direction (-1 to 1); values: layer value
     "What each perturbation does to each gene in each line. Warns of what is unknown. Raises BadSignatures for other data or an unknown line."
     if features is not None: return self.knowing(features).predict(data, names, cell_type, mode, None, symbols)
     if data is not None: check_signature(data); self._same_genes(data)
+    if dose is not None or time is not None: raise BadSignatures("signatures have neither dose nor time: ask without")
     if mode is not None and (mode not in MODES or mode == CONTROL): raise BadSignatures(f"unknown mode {mode!r}; one of {', '.join(MODES[1:])}")
     common = mode or max(set(self.modes.values()), key=list(self.modes.values()).count)
     names = [names] if isinstance(names, str) else names

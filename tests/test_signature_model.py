@@ -225,7 +225,7 @@ def test_errors_name_what_is_wrong(data, model):
                       (lambda: bj.BioJEPA.fit(endless, fold, features=features), endless.obs_names[3]), (lambda: bj.BioJEPA.fit(sig, fold, "v0_3", features=features), "v0_3"),
                       (lambda: model.predict(cells, ["P1"]), "not signatures"), (lambda: model.predict(sig, ["P1"], cell_type="three"), "three"),
                       (lambda: model.predict(sig[:, :5], ["P1"]), "genes"), (lambda: model.predict(sig, ["P1+P2"]), "ask for P1 and P2 one by one"),
-                      (lambda: model.predict(sig, ["P1"], mode="magic"), "unknown mode 'magic'; one of CRISPRi")):
+                      (lambda: model.predict(sig, ["P1"], dose=1), "neither dose nor time"), (lambda: model.predict(sig, ["P1"], mode="magic"), "unknown mode 'magic'; one of CRISPRi")):
         with pytest.raises(BadSignatures, match=word): bad()
     with pytest.raises(ValueError, match="signatures, not cells.*score_signatures") as said: bj.scorecard(sig, fold, {"base": model})
     module, name, wants = re.search(r"(biojepa\.\w+)\.(\w+)\((.*)\)", str(said.value)).groups()                      # what it points to is there, and takes that
