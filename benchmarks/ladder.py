@@ -2,6 +2,7 @@
 
     python benchmarks/ladder.py floor            # closed form, its terms, all baselines: simulator (1,000 genes, five folds, three seeds) and real screens
     python benchmarks/ladder.py network          # networks with each part off, without the floor: simulator and Norman (256 genes, singles and pairs), three seeds
+    python benchmarks/ladder.py choice           # what a part costs the network where settings may be chosen: simulated seeds 101 to 103
     python benchmarks/ladder.py pretraining      # with and without pretraining, from 25 to 200 training perturbations and from 300 to 6,000 control cells
 
 Writes benchmarks/ladder_STAGE.csv, one row per perturbation, and goes on where it stopped. Real screens need BIOJEPA_DATA."""
@@ -22,10 +23,11 @@ from biojepa.cli import real_splits
 from biojepa.more_baselines import ALL_BASELINES
 from biojepa.featurizers import as_table
 from biojepa.losses import effect_loss
+from biojepa.metrics import Case, rank
 from biojepa.predictor import ActionTokens, Predictor
 from biojepa.splits import Split, folds, split
 
-FIELDS = ["stage", "data", "seed", "fold", "name", "perturbation", "group", "pearson_delta", "pearson_pert", "rmse", "size", "std", "covered", "gate", "seconds"]
+FIELDS = ["stage", "data", "seed", "fold", "name", "perturbation", "group", "pearson_delta", "pearson_pert", "rmse", "size", "std", "covered", "gate", "seconds", "rank"]
 DATA = Path(os.environ.get("BIOJEPA_DATA", Path(__file__).parents[2]/"shared"))
 SOURCES = [DATA/f"priors/features/{n}.npz" for n in ("go_svd_128", "string_svd_128")]
 
@@ -51,9 +53,12 @@ def shuffled(features, seed=0):
 
 
 FLOOR = dict(network=False)
+TERMS = {"one penalty for all directions": ("priors.MANY", 10**9), "features always let in": ("priors.CLEAR", -np.inf), "mean never shrunk": ("priors.SHARES", (1.0,)),
+         "nothing of a target's own": ("readout.RATIOS", np.array([1e-12]))}
+TERMS = {n: FLOOR | dict(instead=i) for n, i in TERMS.items()} | {"parts added": FLOOR | dict(floor_options=dict(use_meeting=False))}
 STAGES = {"floor": {
     "base, closed form": FLOOR, "no features": FLOOR | dict(features=None), "no wiring": FLOOR | dict(floor_options=dict(use_response=False)),
-    "neither": FLOOR | dict(features=None, floor_options=dict(use_response=False)), "features shuffled": FLOOR | dict(features=shuffled),
+    "neither": FLOOR | dict(features=None, floor_options=dict(use_response=False)), "features shuffled": FLOOR | dict(features=shuffled), **TERMS,
     **{f"baseline: {n}": n for n in ALL_BASELINES if n != "copy_source"}}}
 
 # parts that have no option: what stands in their place
@@ -83,7 +88,9 @@ STAGES["network"] = {
     "no target-gene token": ALONE | dict(instead=("predictor.Predictor.stream", no_target)), "one action token": ALONE | dict(instead=("predictor.ActionTokens.forward", one_token)),
     "tokens not tied to their own gene": ALONE | dict(instead=("predictor.Predictor.stream", untied)),
     "effect loss unweighted": ALONE | dict(instead=("training.effect_loss", unweighted))}
-REAL = ("base", "base, closed form", "network alone", "no pretraining", "features shuffled", "v0_3", "v0_2") # of those, on Norman
+STAGES["network"] |= {f"base, closed form: {n}": o for n, o in TERMS.items()}
+COSTLY = ("network alone", "no latent term", "encoder trained on", "effect loss unweighted", "single cells (m = 1)", "tokens not tied to their own gene", "no pretraining")
+STAGES["choice"] = {n: STAGES["network"][n] for n in COSTLY} | {"encoder trained on, unweighted": STAGES["network"]["effect loss unweighted"] | STAGES["network"]["encoder trained on"]}
 PRETRAINED = (0, 160) # steps
 STAGES["pretraining"] = {f"{n} perturbations, {k} steps of pretraining": ALONE | dict(few=n, controls=1200, pretraining=dict(steps=k)) for n in (25, 50, 100, 200) for k in PRETRAINED}
 STAGES["pretraining"] |= {f"{n} control cells, {k} steps of pretraining": ALONE | dict(few=100, controls=n, pretraining=dict(steps=k)) for n in (300, 6000) for k in PRETRAINED}
@@ -91,14 +98,14 @@ STAGES["pretraining"] |= {f"{n} control cells, {k} steps of pretraining": ALONE 
 
 def screens(stage):
     "(name, seed, fold, cells, features, split)"
-    for seed in range(3):
+    for seed in (101, 102, 103) if stage == "choice" else range(3):
         if stage == "floor":
             cells, features = simulator(1000, 300, 0, seed)
             for i, s in enumerate(folds(cells, 5, seed=seed)): yield "simulator", seed, i, cells, features, s
         else:
-            cells, features = simulator(256, 150, 50, seed) if stage == "network" else simulator(256, 240, 0, seed, 6000)
-            yield "simulator", seed, 0, cells, features, split(cells, "simulation", seed=seed) if stage == "network" else folds(cells, 5, seed=seed)[0]
-    if stage == "pretraining" or not SOURCES[0].exists(): return
+            cells, features = simulator(256, 150, 50, seed) if stage != "pretraining" else simulator(256, 240, 0, seed, 6000)
+            yield "simulator", seed, 0, cells, features, folds(cells, 5, seed=seed)[0] if stage == "pretraining" else split(cells, "simulation", seed=seed)
+    if stage in ("pretraining", "choice") or not SOURCES[0].exists(): return
     if stage == "network":
         cells, features = norman(256)
         for seed in range(3): yield "norman", seed, 0, cells, features, split(cells, "simulation", seed=seed)
@@ -146,16 +153,18 @@ def main(stage):
         write = csv.DictWriter(f, FIELDS)
         if new: write.writeheader()
         for data, seed, fold, cells, FEATURES, s in screens(stage):
-            todo = [n for n in STAGES[stage] if (stage != "network" or data == "simulator" or n in REAL) and (stage, data, str(seed), str(fold), n) not in done]
+            todo = [n for n in STAGES[stage] if (stage, data, str(seed), str(fold), n) not in done]
             if not todo: continue
             truth = observed(cells, s, "test")
             centre = effects(s.cells(cells, "train")).X.mean(0)
+            hit = np.stack([cells.var_names.isin(n.split("+")) for n in truth.obs.perturbation])
             for name in todo:
                 start = time.process_time()
                 out, gate = judge(cells, s, truth.obs.perturbation, STAGES[stage][name], seed)
                 seconds = time.process_time() - start
                 guess, std = (out.layers["delta"], out.layers["std"]) if isinstance(out, anndata.AnnData) else (np.asarray(out), None)
                 delta, pert = pearson_rows(guess, truth.X), pearson_rows(beyond(guess, centre), truth.X - centre)
+                place = rank(Case(guess, truth.X, centre, hit)) if stage == "floor" else None
                 rmse, size = (np.sqrt((x**2).mean(1)) for x in (guess - truth.X, guess))
                 if std is not None:
                     covered = (np.abs(guess - truth.X) < 1.645 * np.sqrt(std**2 + truth.layers["sem"]**2)).mean(1)
@@ -163,7 +172,7 @@ def main(stage):
                 for i, p in enumerate(truth.obs.perturbation):
                     write.writerow(dict(stage=stage, data=data, seed=seed, fold=fold, name=name, perturbation=p, group=s.groups.get(p, s.kind), pearson_delta=f"{delta[i]:.4f}",
                         pearson_pert=f"{pert[i]:.4f}", rmse=f"{rmse[i]:.5f}", size=f"{size[i]:.5f}", **({} if std is None else dict(std=f"{std[i]:.5f}", covered=f"{covered[i]:.3f}")),
-                        gate="" if gate is None else f"{gate:.2f}", seconds=f"{seconds:.1f}"))
+                        gate="" if gate is None else f"{gate:.2f}", seconds=f"{seconds:.1f}", **({} if place is None else dict(rank=f"{place[i]:.4f}"))))
                 f.flush()
                 print(data, seed, fold, name, f"{delta.mean():.3f} {pert.mean():.3f} {seconds:.0f} s", flush=True)
 

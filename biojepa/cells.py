@@ -400,7 +400,7 @@ def _average(code, n):
 
 # %% ../nbs/10_cells.ipynb #c083
 def _control_weights(cells, table, code):
-    "A sparse [P, N] matrix: the weight of every control cell for each condition; rows add up to 1."
+    "Two sparse factors, [P, places] and [places, N], of the weight of every control cell for each condition; rows of the product add up to 1."
     line, batch, own = cells.obs.cell_type.to_numpy(str), cells.obs.batch.to_numpy(str), code >= 0
     control, rows = (cells.obs.perturbation == CONTROL).to_numpy(), []
     key = pd.DataFrame({"condition": code[own], "line": line[own], "batch": batch[own]})
@@ -413,7 +413,7 @@ def _control_weights(cells, table, code):
     n = key.merge(places.reset_index(names="place")).groupby(["condition", "place"]).size().reset_index(name="n")
     share = n.n / table.n_cells.to_numpy()[n.condition]
     share = sparse.csr_matrix((share, (n.condition, n.place)), shape=(len(table), len(places)))
-    return share @ sparse.vstack(rows, format="csr")
+    return share, sparse.vstack(rows, format="csr")
 
 # %% ../nbs/10_cells.ipynb #c085
 def _halve(cells, half, seed):
@@ -428,7 +428,7 @@ def _halve(cells, half, seed):
 def _variance(weights, X, mean):
     "Sample variance of the cells of each row of an averaging matrix [n, N]; NaN for one cell."
     n = np.diff(weights.indptr)[:, None]
-    square = X.multiply(X).tocsr() if sparse.issparse(X) else np.square(X)
+    square = X.power(2) if sparse.issparse(X) else np.square(X)
     return np.maximum(_product(weights, square) - mean**2, 0) * np.where(n > 1, n / np.maximum(n - 1, 1), np.nan)
 
 def _product(weights, X): return np.asarray((weights @ X).toarray() if sparse.issparse(X) else weights @ X, dtype=np.float64)
@@ -446,11 +446,12 @@ def effects(
     table, code = conditions(cells)
     if not len(table): raise BadCells("there are no perturbed cells here, so there are no effects")
     lines, line = np.unique(cells.obs.cell_type.astype(str), return_inverse=True)
-    untreated, weights = np.where(code < 0, line, -1), _control_weights(cells, table, code)
+    X, untreated, (share, rows) = cells.X, np.where(code < 0, line, -1), _control_weights(cells, table, code)
     treated, control = _average(code, len(table)), _average(untreated, len(lines))
-    mean, reference = _product(treated, cells.X), _product(weights, cells.X)
-    noise = _variance(control, cells.X, _product(control, cells.X))[np.searchsorted(lines, table.cell_type)]
-    sem = np.sqrt(_variance(treated, cells.X, mean) / table.n_cells.to_numpy()[:, None] + noise * np.asarray(weights.power(2).sum(1)))
+    mean, reference = _product(treated, X), share @ _product(rows, X)
+    noise = _variance(control, X, _product(control, X))[np.searchsorted(lines, table.cell_type)]
+    squares = (share @ (rows @ rows.T)).multiply(share).sum(1)                # [P, 1] of the weights
+    sem = np.sqrt(_variance(treated, X, mean) / table.n_cells.to_numpy()[:, None] + noise * np.asarray(squares))
     return _table(table, mean, reference, sem, cells.var)
 
 # %% ../nbs/10_cells.ipynb #c088

@@ -100,6 +100,7 @@ def _fit(cls,
     "Both stages and the readout. Raises BadCells or Leak before anything is written. Signatures give a SignatureModel."
     if is_signature(cells): return SignatureModel.fit(cells, split, features, seed, out, preset=preset, device=device, progress=progress, network=network, training=training)
     check(cells)
+    cells = AnnData(cells.X, obs=cells.obs, var=cells.var, uns=cells.uns)     # without layers: the counts would be copied with every part
     table, seen = _fit_table(features, split), split.cells(cells, "train")
     dims = dict(feature_dims=tuple(table.dims.values())) if table is not None and preset == "base" else {}
     config = configure(preset, cells.n_vars, **{**SMALL, **dims, **(model or {})})

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 # %% ../nbs/41_training.ipynb #c004
 from .cells import effects
 from .featurizers import encode_actions
-from .losses import effect_loss, energy_distance, gaussian_nll, inverse_dynamics, vicreg, vicreg_flat
+from .losses import effect_loss, effective_rank, energy_distance, gaussian_nll, inverse_dynamics, vicreg, vicreg_flat
 from .pretraining import Loop, LoopConfig, draw_genes
 from .perturbations import actions_of
 
@@ -152,5 +152,14 @@ def train(
             parts = action_loss_base(model, batch, chosen, target, config, generator, line[batch.group.cpu()].to(device), genes if genes is None else genes.to(device))
         return {"loss": sum(weights[k] * v for k, v in parts.items()), **parts}
 
+    def watch():
+        "The rank of what the model says of up to 32 actions from the same control cells."
+        batch, some = sampler.batch(0, 1).to(device), actions[torch.arange(min(32, len(actions)))].to(device)
+        genes = draw_genes(batch.control.shape[-1], config.genes, torch.Generator().manual_seed(0), some.target) if base else None
+        more = {} if genes is None else dict(genes=genes.to(device))
+        context = model.context(batch.control, batch.control_total, **more)
+        said = model(context, some, latent=False, **more).delta if base else model(context.expand(len(some), -1, -1), some).mean.mean(1)
+        return dict(rank=effective_rank(said))
+
     follow = None if frozen else lambda i: model.teacher.update(model.student)
-    return Loop(model, step, config, after=follow, validate=validate, path=path, name="training").run(progress)
+    return Loop(model, step, config, after=follow, validate=validate, watch=watch, path=path, name="training").run(progress)

@@ -19,7 +19,7 @@ from biojepa.featurizers import BadFeatures, MissingFeatures, as_table, encode_a
 from biojepa.model import among, build, configure
 from biojepa.perturbations import Action, BadAction, actions_of
 from biojepa.predictor import ActionTokens
-from biojepa.pretraining import LoopConfig, draw_genes, learning_rate, pick_precision
+from biojepa.pretraining import Collapse, LoopConfig, draw_genes, learning_rate, pick_precision
 from biojepa.priors import LinearResponse
 from biojepa.readout import Floor, hold_out_blocks
 from biojepa.sets import SetSampler
@@ -331,6 +331,26 @@ def test_refusals_name_what_is_wrong(model, screen, tmp_path):
     with pytest.raises(Leak): BioJEPA.fit(cells, fold, features=everyone, **TINY)
     BioJEPA.fit(cells, fold, features=features, out=tmp_path / "run", **TINY)
     with pytest.raises(ValueError, match="other settings"): BioJEPA.fit(cells, fold, features=features, seed=5, out=tmp_path / "run", **TINY)
+
+
+def test_collapse_is_named(screen):
+    "Without what keeps cells apart, with the student as its own teacher and a high rate."
+    cells, features, fold = screen
+    inviting = dict(steps=60, batch=16, vicreg_weight=0.0, momentum=0.0, momentum_end=0.0, lr=1e-2)
+    with pytest.warns(Collapse, match="pretraining collapsed by step 60: .* raise vicreg_weight"):
+        BioJEPA.fit(cells, fold, features=features, **TINY | dict(pretraining=inviting))
+
+
+def test_a_fit_keeps_the_ranks_of_both_stages(screen):
+    cells, features, fold = screen
+    for options in ({}, dict(preset="v0_3"), dict(training=TINY["training"] | dict(genes=20))):             # the last: a part of the genes per step
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Collapse)
+            history = BioJEPA.fit(cells, fold, features=features, **TINY | options).history
+        for stage in ("pretraining", "training"):
+            ranks = history[stage]["rank"].dropna()
+            assert ranks.index[0] == 0 and len(ranks) > 1 and np.isfinite(ranks).all(), stage
+        assert history["pretraining"]["rank"].iloc[0] > 1 and (history["pretraining"].spread.dropna() > 0).all()
 
 
 def test_the_network_can_be_all_or_nothing(screen):

@@ -1,9 +1,13 @@
 "The project as a whole: every notebook runs, the library is their export, the README is the index page."
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,3 +86,29 @@ def test_notebooks_are_light():
     "No notebook over 300 KB, so that the site and the repository stay quick."
     heavy = {p: (ROOT / p).stat().st_size // 1000 for p in NOTEBOOKS if (ROOT / p).stat().st_size > 300_000}
     assert not heavy, f"KB: {heavy}"
+
+
+def test_pages_tell_what_the_ladder_measured():
+    "Every table under 'On the ladder', once more from the rows: the mean exactly, the ends of its interval from another draw."
+    rows = pd.concat([pd.read_csv(ROOT/f"benchmarks/ladder_{s}.csv") for s in ("floor", "network")])
+    kinds = {"network": ("network", "network alone"), "closed form": ("floor", "base, closed form"), "closed form on pairs": ("network", "base, closed form")}
+    told = 0
+    for path in NOTEBOOKS:
+        for cell in json.loads((ROOT / path).read_text())["cells"]:
+            text = "".join(cell["source"])
+            if not text.startswith("## On the ladder"): continue
+            (kind, *screens), _, *lines = [[x.strip() for x in l.strip("|").split("|")] for l in text.splitlines() if l.startswith("|")]
+            for version, *numbers in lines:
+                for screen, number in zip(screens, numbers, strict=True):
+                    stage, whole = kinds[kind.split(':')[0]]
+                    t = rows[(rows.stage == stage) & (rows.data == screen.lower())]
+                    if "pairs" in kind: t, version = t[t.perturbation.str.contains("+", regex=False)], "base, closed form: " + version.removeprefix("base, closed form: ")
+                    t = t.pivot_table(index=["perturbation", "seed"], columns="name", values="pearson_pert")[[version, whole]].dropna()
+                    gain = t[version] - t[whole]
+                    by = gain.groupby(level=0).agg(["sum", "size"]).to_numpy()
+                    drawn = by[np.random.default_rng(1).integers(len(by), size=(2000, len(by)))].sum(1)
+                    mean, low, high = (float(x) for x in re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", number).groups())
+                    assert abs(mean - gain.mean()) < .0006, (path, version, screen)
+                    assert np.abs(np.quantile(drawn[:, 0] / drawn[:, 1], [.025, .975]) - [low, high]).max() < .002 + .1 * (high - low), (path, version, screen)
+                    told += 1
+    assert told > 50
