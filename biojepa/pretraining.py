@@ -315,7 +315,7 @@ def name_collapse(
 ) -> str | None: # what is wrong, or None
     "Has the last row that was watched collapsed?"
     rows = [h for h in history if "spread" in h]
-    if not rows or rows[-1]["rank"] >= NARROW and rows[-1]["spread"] >= CLOSE * rows[0]["spread"]: return None
+    if len(rows) < 2 or rows[-1]["rank"] >= NARROW and rows[-1]["spread"] >= CLOSE * rows[0]["spread"]: return None
     told = ", ".join(f"{k} {rows[0][k]:.2g} -> {rows[-1][k]:.2g}" for k in ("rank", "spread"))
     return f"pretraining collapsed by step {rows[-1]['step']}: the embeddings of different cells become the same ({told}); raise vicreg_weight or lower the learning rate"
 
@@ -351,10 +351,12 @@ def pretrain(
         x, log_total = (t.to(device) for t in sampler.cell_batch(0, 128))
         genes = draw_genes(x.shape[1], config.genes, torch.Generator().manual_seed(seed)) if base else None
         z = cell_embeddings(model, x, log_total, genes if genes is None else genes.to(device))
-        return dict(rank=effective_rank(z), spread=z.std(0).mean())
+        seen, past = dict(rank=float(effective_rank(z)), spread=float(z.std(0).mean())), loop.state["history"]
+        wrong = name_collapse([*past[:-1], past[-1] | seen])
+        if wrong and not name_collapse(past): warnings.warn(wrong, Collapse, stacklevel=2)      # once, when it happens
+        return seen
 
     loop = Loop(model, step, config, after=follow, watch=watch, path=path, name="pretraining")
     history = loop.run(progress)
-    if wrong := name_collapse(loop.state["history"]): warnings.warn(wrong, Collapse, stacklevel=2)
     for p in model.predictor.parameters(): p.requires_grad_(True)
     return history

@@ -337,7 +337,7 @@ def test_collapse_is_named(screen):
     "Without what keeps cells apart, with the student as its own teacher and a high rate."
     cells, features, fold = screen
     inviting = dict(steps=60, batch=16, vicreg_weight=0.0, momentum=0.0, momentum_end=0.0, lr=1e-2)
-    with pytest.warns(Collapse, match="pretraining collapsed by step 60: .* raise vicreg_weight"):
+    with pytest.warns(Collapse, match=r"pretraining collapsed by step \d+: .* raise vicreg_weight"):
         BioJEPA.fit(cells, fold, features=features, **TINY | dict(pretraining=inviting))
 
 
