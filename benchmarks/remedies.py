@@ -1,9 +1,9 @@
-"""Does self-supervised pretraining know anything of wiring? Seven ways to pretrain the encoder of `base`, and what a closed form can make of the gene embeddings.
+"""Does self-supervised pretraining know anything of wiring? Eight ways to pretrain the encoder of `base`, and what a closed form can make of the gene embeddings.
 
-    python benchmarks/remedies.py                # seeds 101 to 103; about half an hour on one core; goes on where it stopped
+    python benchmarks/remedies.py                # seeds 101 to 103; about 40 minutes on one core; goes on where it stopped
 
 Each embedding becomes the only feature source of the closed form, which weighs it on targets left out and judges on unseen genes: a linear probe for knowledge of perturbations.
-Beside it the rank of the embeddings (exp of the entropy of their singular values), and how well the state of a set tells which perturbation it had. Writes benchmarks/remedies.csv."""
+Beside it the rank of the embeddings (exp of the entropy of their singular values), and how well the state of a set tells which perturbation it had, of those that no training saw. Writes benchmarks/remedies.csv."""
 import csv, sys, warnings
 from pathlib import Path
 
@@ -29,7 +29,8 @@ FIELDS = ["seed", "pretraining", "embedding", "pearson_delta", "pearson_pert", "
 GENES, STEPS, BATCH, MASK, PROGRAMMES = 256, 400, 32, 0.6, 24
 # what each way changes: cells per set, what is hidden together, what is predicted, what keeps embeddings apart
 WAYS = {"single cells": {}, "sets of 16": dict(m=16), "sets, expression (MAE)": dict(m=16, target="expression"), "sets, whole programmes hidden": dict(m=16, mask="programmes"),
-        "sets, layers averaged (data2vec)": dict(m=16, target="layers"), "sets, SIGReg": dict(m=16, keep_apart="sigreg"), "sets, what differs from the mean": dict(m=16, target="change")}
+        "sets, layers averaged (data2vec)": dict(m=16, target="layers"), "sets, SIGReg": dict(m=16, keep_apart="sigreg"), "sets, what differs from the mean": dict(m=16, target="change"),
+        "sets, told the action (inverse dynamics)": dict(m=16, told=True)}
 
 
 def sigreg(z, generator, directions=64):
@@ -58,19 +59,21 @@ def layers_of(encoder, x, total):
     for block in encoder.blocks: h = block(h); out = out + F.layer_norm(h[:, :genes], h.shape[-1:])
     return out / len(encoder.blocks)
 
-def pretrained(seen, seed, steps, m=1, mask="random", target="latent", keep_apart="vicreg"):
+def pretrained(seen, seed, steps, m=1, mask="random", target="latent", keep_apart="vicreg", told=False):
     model, sampler = build(configure("base", seen.n_vars, width=64, layers=2), seed), SetSampler(seen, m=m, seed=seed)
     reference(model, sampler, dense(seen[(seen.obs.perturbation == CONTROL).values].X), m)
     E = effects(seen).X
     labels = KMeans(PROGRAMMES, n_init=3, random_state=0).fit_predict(((E - E.mean(0)) / (E.std(0) + 1e-3)).T)
-    head = torch.nn.Linear(64, 1)
-    weights = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("predictor")] + list(head.parameters())
+    head, action = torch.nn.Linear(64, 1), torch.nn.Linear(64, len(sampler.groups))
+    weights = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("predictor")] + [*head.parameters(), *action.parameters()]
     optimiser = torch.optim.AdamW(weights, lr=1e-3, weight_decay=.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=max(steps, 20), pct_start=.1)
     for i in range(steps):
         generator = torch.Generator().manual_seed(1000003 * seed + i)
         if m == 1: x, total = sampler.cell_batch(i, BATCH)
-        else: x, total = (v.mean(1) for v in (lambda b: (b.treated, b.treated_total))(sampler.batch(i, BATCH)))
+        else:
+            batch = sampler.batch(i, BATCH)
+            x, total, x0, total0 = (v.mean(1) for v in (batch.treated, batch.treated_total, batch.control, batch.control_total))
         visible, hidden = hide(mask, labels, seen.n_vars, BATCH, i, generator)
         tokens, summary = model.student(x, total, visible)
         said = model.masked_predictor(tokens, summary, model.student.identity(hidden))
@@ -79,28 +82,31 @@ def pretrained(seen, seed, steps, m=1, mask="random", target="latent", keep_apar
             loss = F.smooth_l1_loss(head(said)[..., 0], z.gather(1, hidden))
         else:
             with torch.no_grad():
-                told = layers_of(model.teacher.encoder, x, total) if target == "layers" else model.teacher(x, total)
-                if target == "change": told = told - told.mean(0, keepdim=True); told = told / (told.std() + 1e-6)
-            loss = l1_latent(said, told.gather(1, hidden[..., None].expand_as(said)))
+                latents = layers_of(model.teacher.encoder, x, total) if target == "layers" else model.teacher(x, total)
+                if target == "change": latents = latents - latents.mean(0, keepdim=True); latents = latents / (latents.std() + 1e-6)
+            loss = l1_latent(said, latents.gather(1, hidden[..., None].expand_as(said)))
         cell = summary.mean(1)
         loss = loss + .1 * (vicreg(cell) if keep_apart == "vicreg" else sigreg(cell, generator))
+        if told:                                                 # which of the training actions leads from the control state to the treated one?
+            change = model.student(x, total)[1].mean(1) - model.student(x0, total0)[1].mean(1)
+            loss = loss + F.cross_entropy(action(change), batch.group)
         optimiser.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(weights, 1.); optimiser.step(); schedule.step()
         model.teacher.update(model.student, momentum_schedule(i, steps, .99, 1.0))
     return model
 
 @torch.no_grad()
-def asked(model, seen, m):
-    "Gene embeddings: identity, and token in control cells; the rank of the tokens; balanced accuracy of a linear probe for the 20 strongest perturbations, from sets of 8 cells."
+def asked(model, seen, unseen, m):
+    "Gene embeddings: identity, and token in control cells; the rank of the tokens; balanced accuracy of a linear probe for the 20 strongest held-out perturbations, from sets of 8 cells."
     control = seen[(seen.obs.perturbation == CONTROL).values][:256]
     tensors = lambda cells: (torch.tensor(dense(cells.X)), torch.tensor(cells.obs.log_total.values.astype(np.float32)))
     x, total = tensors(control)
     if m > 1: x, total = x.mean(0, keepdim=True), total.mean(0, keepdim=True)
     token = model.teacher.encoder(x, total)[0].mean(0).numpy()
     s = np.linalg.svd(token - token.mean(0), compute_uv=False); s = s / s.sum()
-    strong = effects(seen); strong = strong.obs.perturbation[np.argsort(-(strong.X**2).sum(1))[:20]]
+    strong = effects(unseen); strong = strong.obs.perturbation[np.argsort(-(strong.X**2).sum(1))[:20]]
     states, who = [], []
     for n in strong:
-        own, total = tensors(seen[(seen.obs.perturbation == n).values])
+        own, total = tensors(unseen[(unseen.obs.perturbation == n).values])
         own, total = (own[:40].unflatten(0, (5, 8)).mean(1), total[:40].unflatten(0, (5, 8)).mean(1)) if m > 1 else (own[:40], total[:40])
         cell = model.teacher.encoder(own, total)[1].mean(1).numpy()
         states.append(cell if m > 1 else cell.reshape(5, 8, -1).mean(1)); who += [n] * 5
@@ -133,7 +139,7 @@ def main(seeds):
         def write(**row): out.writerow(row); f.flush(); print(row, flush=True)
         for seed in seeds:
             cells = bj.prepare(bj.simulate(n_genes=GENES, n_perturbations=200, cells_per_perturbation=40, seed=seed), n_genes=GENES)
-            split = folds(cells, 5, seed=seed)[0]; seen = split.cells(cells, "train")
+            split = folds(cells, 5, seed=seed)[0]; seen, unseen = split.cells(cells, "train"), cells[split.mask(cells, "test") | (cells.obs.perturbation == CONTROL).values]
             frame = lambda v: pd.DataFrame(v, index=list(cells.var_names))
             todo = lambda name: (str(seed), name) not in done
             for name, features in {"no embedding": None, "the simulator's features": bj.simulated_features(cells)}.items():
@@ -144,7 +150,7 @@ def main(seeds):
             for name, way in {"none": None, **WAYS}.items():
                 if not todo(name): continue
                 model = pretrained(seen, seed, 0 if way is None else STEPS, **(way or {}))
-                embeddings, rank, told = asked(model, seen, (way or {}).get("m", 1))
+                embeddings, rank, told = asked(model, seen, unseen, (way or {}).get("m", 1))
                 for kind, v in embeddings.items(): write(seed=seed, pretraining=name, embedding=kind, rank=f"{rank:.1f}", tells_perturbation=f"{told:.3f}", **judged(cells, split, frame(v)))
 
 
