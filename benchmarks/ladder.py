@@ -18,7 +18,7 @@ import torch
 
 import biojepa as bj
 from biojepa.baselines import beyond, pearson_rows
-from biojepa.cells import CONTROL, effects
+from biojepa.cells import CONTROL, dense, effects
 from biojepa.cli import real_splits
 from biojepa.more_baselines import ALL_BASELINES
 from biojepa.featurizers import as_table
@@ -87,7 +87,7 @@ STAGES["network"] = {
     "inverse dynamics": ALONE | dict(training=dict(inverse_weight=0.1)), "energy distance": ALONE | dict(training=dict(energy_weight=1.0)),
     "no target-gene token": ALONE | dict(instead=("predictor.Predictor.stream", no_target)), "one action token": ALONE | dict(instead=("predictor.ActionTokens.forward", one_token)),
     "tokens not tied to their own gene": ALONE | dict(instead=("predictor.Predictor.stream", untied)),
-    "effect loss unweighted": ALONE | dict(instead=("training.effect_loss", unweighted))}
+    "effect loss unweighted": ALONE | dict(instead=("training.effect_loss", unweighted)), "pairs in two steps": ALONE | dict(rollout=True)}
 STAGES["network"] |= {f"base, closed form: {n}": o for n, o in TERMS.items()}
 COSTLY = ("network alone", "no latent term", "encoder trained on", "effect loss unweighted", "single cells (m = 1)", "tokens not tied to their own gene", "no pretraining")
 STAGES["choice"] = {n: STAGES["network"][n] for n in COSTLY} | {"encoder trained on, unweighted": STAGES["network"]["effect loss unweighted"] | STAGES["network"]["encoder trained on"]}
@@ -128,18 +128,30 @@ def observed(cells, s, part):
     own = s.mask(cells, part)
     return effects(cells[own | (cells.obs.perturbation == CONTROL).values])
 
+def in_two_steps(model, cells, names):
+    "A rollout: the state after the first gene is where the second one starts, in both orders; mean of the two."
+    out, untreated = model.predict(cells, names), cells[(cells.obs.perturbation == CONTROL).values]
+    for i, (a, b) in ((i, n.split("+")) for i, n in enumerate(names) if "+" in n):
+        both = []
+        for first, second in ((a, b), (b, a)):
+            step = model.predict(cells, [first]).layers["delta"]
+            moved = anndata.AnnData(np.maximum(dense(untreated.X) + step, 0).astype(np.float32), obs=untreated.obs, var=untreated.var, uns=untreated.uns)
+            both.append(step + model.predict(moved, [second]).layers["delta"])
+        out.layers["delta"][i] = np.mean(both, 0)[0]
+    return out
+
 def judge(cells, s, names, options, seed):
     "Predictions of one version for the test perturbations."
     names = list(names)
     if isinstance(options, str):
         return ALL_BASELINES[options]().fit(cells, s, FEATURES).answer(names, cells.obs.cell_type.iloc[0]), None
     options = dict(options)
-    few, controls, features, instead = (options.pop(k, v) for k, v in (("few", None), ("controls", None), ("features", FEATURES), ("instead", None)))
+    few, controls, features, instead, rollout = (options.pop(k, v) for k, v in (("few", None), ("controls", None), ("features", FEATURES), ("instead", None), ("rollout", False)))
     cells = fewer_controls(cells, controls)
     with ExitStack() as other:
         if instead: other.enter_context(patch(f"biojepa.{instead[0]}", instead[1]))
         model = bj.BioJEPA.fit(cells, fewer(s, few), features=features(FEATURES) if callable(features) else features, seed=seed, progress=False, **options)
-        return model.predict(cells, names), model.gate
+        return in_two_steps(model, cells, names) if rollout else model.predict(cells, names), model.gate
 
 
 def main(stage):
