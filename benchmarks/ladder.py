@@ -22,10 +22,11 @@ from biojepa.cells import CONTROL, dense, effects
 from biojepa.cli import real_splits
 from biojepa.more_baselines import ALL_BASELINES
 from biojepa.featurizers import as_table
-from biojepa.losses import effect_loss
+from biojepa.losses import effect_loss, inverse_dynamics
 from biojepa.metrics import Case, rank
 from biojepa.predictor import ActionTokens, Predictor
 from biojepa.splits import Split, folds, split
+from biojepa.training import action_loss_base
 
 FIELDS = ["stage", "data", "seed", "fold", "name", "perturbation", "group", "pearson_delta", "pearson_pert", "rmse", "size", "std", "covered", "gate", "seconds", "rank"]
 DATA = Path(os.environ.get("BIOJEPA_DATA", Path(__file__).parents[2]/"shared"))
@@ -78,6 +79,12 @@ def untied(self, context, identity, action, generator=None, stream=Predictor.str
 
 def unweighted(guess, delta, centre, weight): return effect_loss(guess, delta, centre, torch.ones_like(weight))
 
+def told(model, batch, actions, target, config, generator, line=None, genes=None, loss=action_loss_base):
+    "Inverse dynamics into the encoder: two halves of a set, and only they, should show the change of the same action."
+    parts, half = loss(model, batch, actions, target, config, generator, line, genes), batch.treated.shape[1] // 2
+    halves = [model.context(batch.treated[:, cut], batch.treated_total[:, cut], genes=genes) - model.context(batch.control[:, cut], batch.control_total[:, cut], genes=genes) for cut in (slice(half), slice(half, None))]
+    return parts | {"inverse": inverse_dynamics(*(h.mean(1) for h in halves), batch.group)}
+
 ALONE = dict(floor=False)
 STAGES["network"] = {
     "base": {}, "network alone": ALONE, "no pretraining": ALONE | dict(pretraining=dict(steps=0)), "no latent term": ALONE | dict(training=dict(nll_weight=0.0)),
@@ -87,7 +94,8 @@ STAGES["network"] = {
     "inverse dynamics": ALONE | dict(training=dict(inverse_weight=0.1)), "energy distance": ALONE | dict(training=dict(energy_weight=1.0)),
     "no target-gene token": ALONE | dict(instead=("predictor.Predictor.stream", no_target)), "one action token": ALONE | dict(instead=("predictor.ActionTokens.forward", one_token)),
     "tokens not tied to their own gene": ALONE | dict(instead=("predictor.Predictor.stream", untied)),
-    "effect loss unweighted": ALONE | dict(instead=("training.effect_loss", unweighted)), "pairs in two steps": ALONE | dict(rollout=True)}
+    "effect loss unweighted": ALONE | dict(instead=("training.effect_loss", unweighted)), "pairs in two steps": ALONE | dict(rollout=True),
+    "encoder trained on, told the action": ALONE | dict(training=dict(freeze=False, inverse_weight=0.1), instead=("training.action_loss_base", told))}
 STAGES["network"] |= {f"base, closed form: {n}": o for n, o in TERMS.items()}
 COSTLY = ("network alone", "no latent term", "encoder trained on", "effect loss unweighted", "single cells (m = 1)", "tokens not tied to their own gene", "no pretraining")
 STAGES["choice"] = {n: STAGES["network"][n] for n in COSTLY} | {"encoder trained on, unweighted": STAGES["network"]["effect loss unweighted"] | STAGES["network"]["encoder trained on"]}
