@@ -23,7 +23,7 @@ setup(
     package_data={"biojepa": ["*.toml"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "exchange", "site", "molecules", "language")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "evaluators", "site", "molecules", "language")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"],

@@ -12,17 +12,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("slow", "gpu", "data")
-ENV = dict(BIOJEPA_PRECISION="float32", OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1", MPLBACKEND="agg", TQDM_DISABLE="1", PYTHONHASHSEED="0", PYTHONWARNINGS="ignore")
+ENV = dict(
+    BIOJEPA_PRECISION="float32",
+    OMP_NUM_THREADS="1",
+    NUMBA_NUM_THREADS="1",
+    MPLBACKEND="agg",
+    TQDM_DISABLE="1",
+    PYTHONHASHSEED="0",
+    PYTHONWARNINGS="ignore",
+)
 
 
 def skipped(source, on):
     "Is this a cell that the run leaves as it is?"
     directives = re.findall(r"^#\|\s*(.+?)\s*$", source, re.M)
-    return any(d in FLAGS and d not in on for d in directives) or any(d.replace(" ", "") == "eval:false" for d in directives)
+    return any(d in FLAGS and d not in on for d in directives) or any(
+        d.replace(" ", "") == "eval:false" for d in directives
+    )
 
 
 def text_of(outputs):
-    "The text that a reader sees: streams and plain results. Pictures are left out, their bytes vary with fonts."
+    """The text that a reader sees:
+
+    streams and plain results. Pictures are left out, their bytes vary with fonts.
+    """
     out = []
     for o in outputs:
         if o["output_type"] == "stream": out.append("".join(o["text"]))
@@ -36,23 +49,38 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?\d+\.\d+(?:e[-+]?\d+)?")
 def same(stored, now):
     "Equal words, and decimals within 2 % or 0.02: another processor rounds differently."
     if NUMBER.sub("#", stored).split() != NUMBER.sub("#", now).split(): return False
-    return all(abs(float(a) - float(b)) <= 0.02 + 0.02 * abs(float(a)) for a, b in zip(NUMBER.findall(stored), NUMBER.findall(now)))
+    return all(
+        abs(float(a) - float(b)) <= 0.02 + 0.02 * abs(float(a))
+        for a, b in zip(NUMBER.findall(stored), NUMBER.findall(now))
+    )
 
 
 def run_one(path, mode, on):
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     os.chdir(path.parent)
-    nb, old = read_nb(path), read_nb(path)
+    nb = read_nb(path)
+    old = read_nb(path)
     shell = CaptureShell(path.parent, mpl_format="png")
     shell._run("%config InlineBackend.rc = {\"figure.dpi\": 100}")
-    shell.run_all(nb, exc_stop=True, preproc=lambda c: c.cell_type != "code" or skipped(c.source, on))
+    shell.run_all(
+        nb, exc_stop=True, preproc=lambda c: c.cell_type != "code" or skipped(c.source, on)
+    )
     if mode == "store":
-        clean(nb); write_nb(nb, path); return 0
-    pairs = [(a, b) for a, b in zip(old.cells, nb.cells) if a.cell_type == "code" and not skipped(a.source, on)]
+        clean(nb)
+        write_nb(nb, path)
+        return 0
+    pairs = [
+        (a, b)
+        for a, b in zip(old.cells, nb.cells)
+        if a.cell_type == "code" and not skipped(a.source, on)
+    ]
     stale = [(a, b) for a, b in pairs if not same(text_of(a.outputs), text_of(b.outputs))]
     for a, b in stale:
-        print(f"{path.name}: stale output of\n{a.source}\n--- stored\n{text_of(a.outputs)}\n--- now\n{text_of(b.outputs)}")
+        print(
+            f"{path.name}: stale output of\n{a.source}\n--- "
+            f"stored\n{text_of(a.outputs)}\n--- now\n{text_of(b.outputs)}"
+        )
     return len(stale)
 
 
@@ -60,7 +88,9 @@ def lean(png):
     "The same picture in 256 colours, where that makes it smaller."
     from PIL import Image
     out = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256).save(out, "PNG", optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").quantize(256).save(
+        out, "PNG", optimize=True
+    )
     return min("".join(png), base64.b64encode(out.getvalue()).decode(), key=len)
 
 
@@ -72,15 +102,20 @@ def clean(nb):
             c["execution_count"] = None
             for o in c["outputs"]:
                 o.pop("execution_count", None)
-                if "image/png" in o.get("data", {}): o["data"]["image/png"] = lean("".join(o["data"]["image/png"]))
+                if "image/png" in o.get("data", {}):
+                    o["data"]["image/png"] = lean("".join(o["data"]["image/png"]))
                 if o["output_type"] == "execute_result": o["execution_count"] = None
                 o["metadata"] = {} if o["output_type"] != "stream" else None
                 if o["metadata"] is None: del o["metadata"]
-    nb.metadata.setdefault("kernelspec", dict(display_name="python3", language="python", name="python3"))
+    nb.metadata.setdefault(
+        "kernelspec", dict(display_name="python3", language="python", name="python3")
+    )
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("mode", choices=["store", "compare"])
     p.add_argument("paths", nargs="*")
     p.add_argument("--flags", default="")
@@ -88,11 +123,20 @@ def main():
     a = p.parse_intermixed_args()
     paths = [Path(x).resolve() for x in a.paths] or sorted((ROOT / "nbs").rglob("*.ipynb"))
     if a.one: return sys.exit(run_one(paths[0], a.mode, a.flags.split(",")))
-    cmd = lambda x: subprocess.run([sys.executable, __file__, a.mode, str(x), "--flags", a.flags, "--one"],
-                                   env={**os.environ, **ENV}).returncode
+    def cmd(x):
+        return subprocess.run(
+            [sys.executable, __file__, a.mode, str(x), "--flags", a.flags, "--one"],
+            env={**os.environ, **ENV},
+        ).returncode
     with ThreadPoolExecutor(os.cpu_count()) as ex: codes = list(ex.map(cmd, paths))
     bad = [x.name for x, c in zip(paths, codes) if c]
-    print(f"{len(paths) - len(bad)} of {len(paths)} notebooks {'stored' if a.mode == 'store' else 'fresh'}", *bad)
+    print(
+        (
+            f"{len(paths) - len(bad)} of {len(paths)} notebooks "
+            f"{'stored' if a.mode == 'store' else 'fresh'}"
+        ),
+        *bad,
+    )
     sys.exit(bool(bad))
 
 

@@ -14,7 +14,8 @@ HIDDEN = ("#| hide", "#| echo: false")
 
 def blocks(nb):
     "Text of the README, and the pictures in it by file name."
-    out, pictures = [], {}
+    out = []
+    pictures = {}
     for cell in nb["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -33,9 +34,13 @@ def blocks(nb):
 
 def main():
     text, pictures = blocks(json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8")))
-    text = "<!-- Written from nbs/index.ipynb by .ci/readme.py; edit that. -->\n\n" + text.replace("(images/", "(nbs/images/")
+    text = "<!-- Written from nbs/index.ipynb by .ci/readme.py; edit that. -->\n\n" + text.replace(
+        "(images/", "(nbs/images/"
+    )
     if "--check" in sys.argv:
-        stale = (ROOT / "README.md").read_text(encoding="utf-8") != text or any(not (ROOT / p).exists() or (ROOT / p).read_bytes() != b for p, b in pictures.items())
+        stale = (ROOT / "README.md").read_text(encoding="utf-8") != text or any(
+            not (ROOT / p).exists() or (ROOT / p).read_bytes() != b for p, b in pictures.items()
+        )
         if stale: sys.exit(print("README.md is not the index page: run python .ci/readme.py") or 1)
         return
     (ROOT / "README.md").write_text(text, encoding="utf-8")

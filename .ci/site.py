@@ -10,12 +10,17 @@ from pathlib import Path
 from urllib.parse import urldefrag, urljoin, urlparse
 
 ROOT = Path(__file__).resolve().parents[1]
-PROC, DOCS, KATEX = ROOT / "_proc", ROOT / "_docs", ROOT / ".venv/katex/node_modules/katex/dist"
+PROC = ROOT / "_proc"
+DOCS = ROOT / "_docs"
+KATEX = ROOT / ".venv/katex/node_modules/katex/dist"
 WIDTHS = (390, 1400)
 
 
 def page_names():
-    "Processed notebook -> the name that its front matter asks for: 12_splits.ipynb -> splits.ipynb."
+    """Processed notebook -> the name that its front matter asks for:
+
+    14_splits.ipynb -> splits.ipynb.
+    """
     out = {}
     for path in PROC.rglob("*.ipynb"):
         head = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
@@ -34,12 +39,14 @@ def build():
     pattern = re.compile("|".join(rf"\b{re.escape(x)}" for x in change))
     for path in [*names, PROC / "_quarto.yml"]:
         text = pattern.sub(lambda m: change[m[0]], path.read_text(encoding="utf-8"))
-        path.write_text(re.sub(r"output-file: \w+\.html\\n", "", text), encoding="utf-8")   # smalldocs names a page after its file
+        # smalldocs names a page after its file
+        path.write_text(re.sub(r"output-file: \w+\.html\\n", "", text), encoding="utf-8")
     for old, new in names.items(): old.rename(new)
     done = subprocess.run([Path(sys.executable).with_name("smalldocs"), "render", "--strict", PROC])
     if done.returncode: sys.exit(done.returncode)
     shutil.move(PROC / "_docs", DOCS)
-    for page in DOCS.rglob("*.html"):                        # source links go to the notebook under its own name
+    # source links go to the notebook under its own name
+    for page in DOCS.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         for old, new in change.items(): text = text.replace(f"/main/nbs/{new}", f"/main/nbs/{old}")
         page.write_text(text, encoding="utf-8")
@@ -50,7 +57,9 @@ def serve():
     "The built site on a free port of this machine."
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *a): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=DOCS))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=DOCS)
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}/"
 
@@ -80,10 +89,14 @@ def visit(page, url, messages):
     messages.clear()
     page.goto(url, wait_until="load")
     page.wait_for_timeout(150)
-    seen, wide = None, {}
+    seen = None
+    wide = {}
     for w in WIDTHS:
         page.set_viewport_size({"width": w, "height": 900})
-        page.evaluate("() => { document.querySelectorAll('img[loading=lazy]').forEach(e => e.loading = 'eager'); }")
+        page.evaluate(
+            "() => { document.querySelectorAll('img[loading=lazy]').forEach(e => "
+            "e.loading = 'eager'); }"
+        )
         page.evaluate("() => Promise.all([...document.images].map(e => e.decode().catch(() => 0)))")
         seen = page.evaluate(LOOK)
         wide[w] = seen["wide"]
@@ -95,7 +108,8 @@ def faults(name, seen, wide, console, source):
     out = [f"console: {m}" for m in console] + [f"picture not loaded: {x}" for x in seen["broken"]]
     if not seen["h1"] or len(seen["title"]) < 4: out.append("no title")
     out += [f"{seen['bad']} formulas failed"] * (seen["bad"] > 0)
-    if seen["math"] and seen["formulas"] < seen["math"]: out.append(f"{seen['math']} formulas, {seen['formulas']} rendered")
+    if seen["math"] and seen["formulas"] < seen["math"]:
+        out.append(f"{seen['math']} formulas, {seen['formulas']} rendered")
     if source and not seen["formulas"]: out.append("the notebook has formulas, the page has none")
     out += [f"raw {x!r} in the text" for x in ("$$", ":::", "#|", "@fig-") if x in seen["text"]]
     out += [f"{x} px too wide at {w}" for w, x in wide.items() if x > 2]
@@ -105,22 +119,43 @@ def faults(name, seen, wide, console, source):
 def has_formula(name):
     "Does the notebook behind this page hold a display formula?"
     path = PROC / name.replace(".html", ".ipynb")
-    return path.exists() and any(c["cell_type"] == "markdown" and "$$" in "".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
+    return path.exists() and any(
+        c["cell_type"] == "markdown" and "$$" in "".join(c["source"])
+        for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    )
 
 
 BAD = """<title>a page with every fault</title><h1>bad</h1><main><p>raw $$x$$ and ::: and #| and @fig-1</p><img src="none.png">
 <a href="none.html">x</a><a href="index.html#none">y</a><span class="math">z</span><div style="width:3000px">wide</div></main><script>nothing()</script>"""
-CAUGHT = ("console:", "picture not loaded", "formulas, 0 rendered", "raw '$$'", "raw ':::'", "raw '#|'", "raw '@fig-'", "too wide at 390", "link to nothing", "no anchor #none")
+CAUGHT = (
+    "console:",
+    "picture not loaded",
+    "formulas, 0 rendered",
+    "raw '$$'",
+    "raw ':::'",
+    "raw '#|'",
+    "raw '@fig-'",
+    "too wide at 390",
+    "link to nothing",
+    "no anchor #none",
+)
 
 
 def browse(shots=None):
     from playwright.sync_api import sync_playwright
-    chrome = next(p for p in map(shutil.which, ("chromium", "google-chrome", "chromium-browser")) if p)
-    (DOCS / "bad.html").write_text(BAD)                    # the checks must catch every fault of this page, or they check nothing
-    base, pages, bad = serve(), sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.html")), []
+    chrome = next(
+        p for p in map(shutil.which, ("chromium", "google-chrome", "chromium-browser")) if p
+    )
+    # the checks must catch every fault of this page, or they check nothing
+    (DOCS / "bad.html").write_text(BAD)
+    base = serve()
+    pages = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.html"))
+    bad = []
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chrome, args=["--no-sandbox"])
-        page, messages, found = browser.new_page(), [], {}
+        page = browser.new_page()
+        messages = []
+        found = {}
         page.route("**/*", lambda r: answer(r, base))
         page.on("console", lambda m: messages.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: messages.append(str(e)))
@@ -131,9 +166,17 @@ def browse(shots=None):
         browser.close()
     for name, seen in found.items(): bad += broken_links(name, seen["links"], found, base)
     (DOCS / "bad.html").unlink()
-    own, bad = [x for x in bad if x.startswith("bad.html")], [x for x in bad if not x.startswith("bad.html")]
+    own = [x for x in bad if x.startswith("bad.html")]
+    bad = [x for x in bad if not x.startswith("bad.html")]
     bad += [f"the check itself did not catch: {c}" for c in CAUGHT if not any(c in x for x in own)]
-    print(*bad, f"{len(pages) - 1} pages opened at {' and '.join(map(str, WIDTHS))} pixels, {sum(s['formulas'] for s in found.values())} formulas, {len(bad)} faults", sep="\n")
+    print(
+        *bad,
+        (
+            f"{len(pages) - 1} pages opened at {' and '.join(map(str, WIDTHS))} pixels, "
+            f"{sum(s['formulas'] for s in found.values())} formulas, {len(bad)} faults"
+        ),
+        sep="\n",
+    )
     sys.exit(bool(bad))
 
 
@@ -144,8 +187,10 @@ def broken_links(name, links, found, base):
         target, anchor = urldefrag(urljoin(base + name, link))
         if not target.startswith(base): continue
         path = urlparse(target).path.lstrip("/") or "index.html"
-        if not (DOCS / path).is_file(): out.append(f"{name}: link to nothing: {path}")
-        elif anchor and path in found and anchor not in found[path]["ids"]: out.append(f"{name}: no anchor #{anchor} in {path}")
+        if not (DOCS / path).is_file():
+            out.append(f"{name}: link to nothing: {path}")
+        elif anchor and path in found and anchor not in found[path]["ids"]:
+            out.append(f"{name}: no anchor #{anchor} in {path}")
     return out
 
 

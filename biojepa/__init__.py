@@ -1,17 +1,34 @@
 "A world model for cells: from a control state and an action to the treated state."
 __version__ = "0.1.0"
 
+import sys
+from importlib import import_module
+from types import ModuleType
+
 # The names that users type, imported when first used: `biojepa --help` need not wait for torch.
-_API = {"simulate": "simulator", "simulated_features": "simulator", "true_effects": "simulator", "prepare": "cells", "effects": "cells", "add_mode": "cells",
-        "dataset": "catalog", "datasets": "catalog", "concat": "together", "split": "splits", "folds": "splits", "BioJEPA": "estimator", "scorecard": "evaluation",
-        "to_cell_eval": "exchange"}
+_API = {
+    "simulate": "simulator", "simulated_features": "simulator", "true_effects": "simulator",
+    "prepare": "prepare", "effects": "effects", "add_mode": "cells",
+    "dataset": "catalog", "datasets": "catalog", "concat": "concat",
+    "split": "splits", "folds": "splits",
+    "BioJEPA": "estimator", "scorecard": "scorecard", "to_cell_eval": "external_evaluators",
+}
 __all__ = list(_API)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name, value):
+        "`biojepa.prepare` is the function, also after the module of that name was imported."
+        if isinstance(value, ModuleType) and _API.get(name) == name: value = getattr(value, name)
+        super().__setattr__(name, value)
 
 
 def __getattr__(name):
     if name not in _API: raise AttributeError(f"module 'biojepa' has no attribute {name!r}; it has {', '.join(_API)}")
-    from importlib import import_module
     return getattr(import_module(f"biojepa.{_API[name]}"), name)
 
 
 def __dir__(): return sorted([*globals(), *_API])
+
+
+sys.modules[__name__].__class__ = _Package

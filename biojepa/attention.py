@@ -6,15 +6,18 @@
 __all__ = ['softmax_attention', 'linear_attention', 'LinearAttention', 'CrossAttention', 'MLP', 'Block']
 
 # %% ../nbs/30_attention.ipynb #c003
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/30_attention.ipynb #c011
+# %% ../nbs/30_attention.ipynb #c004
+from .patching import document
+
+# %% ../nbs/30_attention.ipynb #c012
 def softmax_attention(q: Tensor,                 # queries [B, H, N, d]
                       k: Tensor,                 # keys [B, H, M, d]
                       v: Tensor,                 # values [B, H, M, d]
-                      mask: Tensor | None = None # which keys may be heard, bool [B, M]; a row without any hears 0
+                      # which keys may be heard, bool [B, M]; a row without any hears 0
+                      mask: Tensor | None = None
                      ) -> Tensor:                # [B, H, N, d]
     "Scaled dot-product attention (Vaswani et al. 2017, equation 1)."
     if mask is None: return F.scaled_dot_product_attention(q, k, v)
@@ -22,23 +25,29 @@ def softmax_attention(q: Tensor,                 # queries [B, H, N, d]
     any_key = mask.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~any_key) * any_key
 
-# %% ../nbs/30_attention.ipynb #c022
+# %% ../nbs/30_attention.ipynb #c023
 def linear_attention(q: Tensor,                  # queries [B, H, N, d]
                      k: Tensor,                  # keys [B, H, M, d]
                      v: Tensor,                  # values [B, H, M, e]
-                     mask: Tensor | None = None, # which keys may be heard, bool [B, M]; a row without any hears 0
+                     # which keys may be heard, bool [B, M]; a row without any hears 0
+                     mask: Tensor | None = None,
                      eps: float = 1e-6           # smallest sum of scores that is divided by
                     ) -> Tensor:                 # [B, H, N, e]
-    "Normalised attention with the feature map elu + 1, linear in N and M (Katharopoulos et al. 2020, equations 5 and 7)."
-    q, k = F.elu(q) + 1, F.elu(k) + 1
+    """Normalised attention with the feature map elu + 1, linear in N and M (Katharopoulos et al.
+
+    2020, equations 5 and 7).
+    """
+    q = F.elu(q) + 1
+    k = F.elu(k) + 1
     if mask is not None: k = k * mask[:, None, :, None]
     memory = k.transpose(-1, -2) @ v                                                # [B, H, d, e]
     total = q @ k.sum(-2)[..., None]                                                # [B, H, N, 1]
     return q @ memory / total.clamp(min=eps)
 
-# %% ../nbs/30_attention.ipynb #c043
+# %% ../nbs/30_attention.ipynb #c044
 class _Attention(nn.Module):
-    "Four maps of the width onto itself, query, key, value and out; who attends how is up to the subclass."
+    """Four maps of the width onto itself, query, key, value and out; who attends how is up to the
+    subclass."""
     attend = None
     def __init__(self,
                  width: int,         # D, a multiple of the heads
@@ -49,7 +58,8 @@ class _Attention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width, bias=bias) for _ in range(4))
 
-    def split(self, x): return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [B, N, D] -> [B, H, N, D/H]
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [B, N, D] -> [B, H, N, D/H]
 
     def forward(self,
                 x: Tensor,                     # who asks [B, N, D]
@@ -57,10 +67,13 @@ class _Attention(nn.Module):
                 mask: Tensor | None = None     # which of the answers may be heard, bool [B, M]
                ) -> Tensor:                    # [B, N, D]
         context = x if context is None else context
-        heard = self.attend(self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context)), mask)
-        return self.out(heard.transpose(1, 2).flatten(2))                           # [B, H, N, D/H] -> [B, N, D]
+        heard = self.attend(
+            self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context)), mask
+        )
+        # [B, H, N, D/H] -> [B, N, D]
+        return self.out(heard.transpose(1, 2).flatten(2))
 
-# %% ../nbs/30_attention.ipynb #c044
+# %% ../nbs/30_attention.ipynb #c045
 class LinearAttention(_Attention):
     "Linear attention, for many keys such as genes; [B, N, D] in, [B, N, D] out."
     attend = staticmethod(linear_attention)
@@ -69,22 +82,25 @@ class CrossAttention(_Attention):
     "Softmax attention, for few keys such as the tokens of an action; [B, N, D] in, [B, N, D] out."
     attend = staticmethod(softmax_attention)
 
-# %% ../nbs/30_attention.ipynb #c057
+# %% ../nbs/30_attention.ipynb #c058
 class MLP(nn.Sequential):
     "Width to four times the width and back, with a GELU between; each token by itself."
     def __init__(self,
                  width: int):  # D
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-# %% ../nbs/30_attention.ipynb #c063
+# %% ../nbs/30_attention.ipynb #c064
 class Block(nn.Module):
-    "Tokens listen to each other, then each thinks for itself; both pre-normed and added (Xiong et al. 2020)."
+    """Tokens listen to each other, then each thinks for itself; both pre-normed and added (Xiong
+    et al. 2020)."""
     def __init__(self,
                  width: int,  # D
                  heads: int): # H
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(width), LinearAttention(width, heads)
-        self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = LinearAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
 
     def forward(self,
                 x: Tensor,                 # tokens [B, N, D]
@@ -92,3 +108,6 @@ class Block(nn.Module):
                ) -> Tensor:                # [B, N, D]
         x = x + self.attention(self.norm1(x), mask=mask)
         return x + self.mlp(self.norm2(x))
+
+# %% ../nbs/30_attention.ipynb #c076
+document(globals())

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/31_encoder.ipynb #c004
+from .patching import document, patch
 from .attention import Block
 
 # %% ../nbs/31_encoder.ipynb #c011
 class EncoderV03(nn.Module):
-    "The v0.3 encoder: token = value x identity; a mask token takes the place of a hidden gene's token."
+    """The v0.3 encoder: token = value x identity; a mask token takes the place of a hidden gene's
+    token."""
     def __init__(self,
                  n_genes: int,    # G
                  width: int,      # D
@@ -48,16 +50,21 @@ def value_features(x: Tensor,     # log1p expression [B, K]
 
 # %% ../nbs/31_encoder.ipynb #c037
 class GeneTokens(nn.Module):
-    "One token per gene: identity + what its value is + turned identity times z-score + library size."
+    """One token per gene: identity + what its value is + turned identity times z-score + library
+    size."""
     def __init__(self,
                  n_genes: int,  # G
                  width: int):   # D
         super().__init__()
         self.identity = nn.Embedding(n_genes, width)
         self.value = nn.Sequential(nn.Linear(3, width), nn.GELU(), nn.Linear(width, width))
-        self.turn, self.total = nn.Linear(width, width, bias=False), nn.Linear(1, width)
-        nn.init.normal_(self.identity.weight, std=.5); nn.init.orthogonal_(self.turn.weight)
-        start = dict(mean=torch.zeros(n_genes), sd=torch.ones(n_genes), typical_total=torch.tensor(8.))
+        self.turn = nn.Linear(width, width, bias=False)
+        self.total = nn.Linear(1, width)
+        nn.init.normal_(self.identity.weight, std=.5)
+        nn.init.orthogonal_(self.turn.weight)
+        start = dict(
+            mean=torch.zeros(n_genes), sd=torch.ones(n_genes), typical_total=torch.tensor(8.0)
+        )
         for name, value in start.items(): self.register_buffer(name, value)
 
     def forward(self,
@@ -65,28 +72,36 @@ class GeneTokens(nn.Module):
                 log_total: Tensor,              # log1p of the library size [B]
                 visible: Tensor | None = None   # indices of genes to encode [B, K]; None: all
                ) -> Tensor:                     # [B, K, D], in the order of `visible`
-        pick = lambda t: t if visible is None else t.expand_as(x).gather(1, visible)
+        def pick(t): return t if visible is None else t.expand_as(x).gather(1, visible)
         f = value_features(pick(x), pick(self.mean), pick(self.sd))
         identity = self.identity.weight if visible is None else self.identity(visible)
         tokens = identity + self.value(f) + f[..., 1:2] * self.turn(identity)
         return tokens + self.total(log_total[:, None] - self.typical_total)[:, None]
 
 # %% ../nbs/31_encoder.ipynb #c039
-def _set_reference(self: GeneTokens,
+@patch
+def set_reference(self: GeneTokens,
                    mean,                # mean of each gene over control cells, log1p units [G]
                    sd,                  # and its standard deviation [G]
-                   typical_total=None): # mean log1p library size; None: leave it as it is (8 at first, some 3,000 counts)
-    "Fix what values are compared with. Raises ValueError for a wrong number of genes or a value that is not finite."
+                   # mean log1p library size; None: leave it as it is (8 at first, some 3,000
+                   # counts)
+                   typical_total=None):
+    """Fix what values are compared with.
+
+    Raises ValueError for a wrong number of genes or a value that is not finite.
+    """
     for name, v in dict(mean=mean, sd=sd).items():
         v = torch.as_tensor(v, dtype=torch.float32)
-        if v.shape != self.mean.shape: raise ValueError(f'{name} has shape {tuple(v.shape)}, the encoder has {len(self.mean)} genes')
-        if not v.isfinite().all(): raise ValueError(f'{name} is not finite for gene {(~v.isfinite()).nonzero()[0].item()}')
+        if v.shape != self.mean.shape:
+            raise ValueError(
+                f'{name} has shape {tuple(v.shape)}, the encoder has {len(self.mean)} genes'
+            )
+        if not v.isfinite().all():
+            raise ValueError(f'{name} is not finite for gene {(~v.isfinite()).nonzero()[0].item()}')
         getattr(self, name).copy_(v)
     self.sd.clamp_(min=.1)
     if typical_total is not None: self.typical_total.fill_(float(typical_total))
     return self
-
-GeneTokens.set_reference = _set_reference
 
 # %% ../nbs/31_encoder.ipynb #c045
 class Encoder(nn.Module):
@@ -103,17 +118,26 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    identity = property(lambda self: self.embed.identity, doc="What is known of each gene before the cell is seen: Embedding [G, D].")
-    def set_reference(self, mean, sd, typical_total=None): self.embed.set_reference(mean, sd, typical_total); return self
+    identity = property(
+        lambda self: self.embed.identity,
+        doc="What is known of each gene before the cell is seen: Embedding [G, D].",
+    )
+    def set_reference(self, mean, sd, typical_total=None):
+        self.embed.set_reference(mean, sd, typical_total)
+        return self
 
-    def forward(self,
-                x: Tensor,                      # log1p expression [B, G]
-                log_total: Tensor,              # log1p of the library size [B]
-                visible: Tensor | None = None   # indices of genes to encode [B, K]; None: all
-               ) -> tuple[Tensor, Tensor]:      # tokens [B, K, D] in the order of `visible`, summary [B, S, D]
+    def forward(
+        self,
+        x: Tensor,  # log1p expression [B, G]
+        log_total: Tensor,  # log1p of the library size [B]
+        visible: Tensor | None = None,  # indices of genes to encode [B, K]; None: all
+    ) -> tuple[Tensor, Tensor]:  # tokens [B, K, D] in the order of `visible`, summary [B, S, D]
         tokens = self.embed(x, log_total, visible)
         n = tokens.shape[1]
         tokens = torch.cat([tokens, self.summary.expand(len(x), -1, -1)], 1)        # [B, K + S, D]
         for block in self.blocks: tokens = block(tokens)
         tokens = self.norm(tokens)
         return tokens[:, :n], tokens[:, n:]
+
+# %% ../nbs/31_encoder.ipynb #c069
+document(globals())

@@ -19,10 +19,14 @@ from torch import Tensor
 
 # %% ../nbs/21_featurizers.ipynb #c008
 from .cells import MODES, parts
+from .patching import document, patch
 from .perturbations import Action
 
 # %% ../nbs/21_featurizers.ipynb #c017
-class BadFeatures(ValueError): "A feature table that cannot be used; the message names the source, symbol and column."
+class BadFeatures(ValueError):
+    """A feature table that cannot be used; the message names the source, symbol and column.
+
+    """
 
 def whitening(
         x: np.ndarray,            # features of the training targets [n, d]
@@ -42,8 +46,9 @@ class MissingFeatures(UserWarning): "Targets or sources of which nothing is know
 
 def _check_frame(name, frame):
     "The frame in float32 with text symbols, or one clear error."
-    refuse = lambda why: BadFeatures(f'source {name!r}: {why}')
-    if not isinstance(frame, pd.DataFrame): raise refuse(f'a DataFrame is needed, not {type(frame).__name__}')
+    def refuse(why): return BadFeatures(f'source {name!r}: {why}')
+    if not isinstance(frame, pd.DataFrame):
+        raise refuse(f'a DataFrame is needed, not {type(frame).__name__}')
     if frame.empty: raise refuse(f'empty ({len(frame)} rows, {frame.shape[1]} columns)')
     index = pd.Index([str(i) for i in frame.index])
     if index.has_duplicates: raise refuse(f'symbol {index[index.duplicated()][0]!r} stands twice')
@@ -60,14 +65,18 @@ def _check_frame(name, frame):
 def _read_npz(path):
     with np.load(path) as z:
         if not {'symbol', 'emb'} <= set(z.files):
-            raise BadFeatures(f'{path.name}: needs arrays `symbol` and `emb`, has {sorted(z.files)}')
+            raise BadFeatures(
+                f'{path.name}: needs arrays `symbol` and `emb`, has {sorted(z.files)}'
+            )
         return pd.DataFrame(z['emb'].astype('float32'), index=z['symbol'].astype(str))
 
 READERS = {'.npz': _read_npz, '.parquet': pd.read_parquet, '.csv': pd.read_csv}
 
 def _read(path):
-    "One file as a frame: npz with arrays `symbol` and `emb`; csv or parquet with a column `symbol`, else the symbols first."
-    if path.suffix not in READERS: raise BadFeatures(f'{path.name}: needs to be one of {", ".join(READERS)}')
+    """One file as a frame: npz with arrays `symbol` and `emb`; csv or parquet with a column
+    `symbol`, else the symbols first."""
+    if path.suffix not in READERS:
+        raise BadFeatures(f'{path.name}: needs to be one of {", ".join(READERS)}')
     frame = READERS[path.suffix](path)
     if path.suffix == '.csv' and 'symbol' not in frame: return frame.set_index(frame.columns[0])
     return frame.set_index('symbol') if 'symbol' in frame else frame
@@ -79,28 +88,43 @@ class FeatureTable:
                  sources: dict):   # name -> DataFrame: one row per target, numbers in columns
         if not sources: raise BadFeatures('a table needs at least one source')
         self.sources = {str(k): _check_frame(k, v) for k, v in sources.items()}
-        self.maps, self.fitted_on = {}, None   # set by fit
+        self.maps = {}
+        self.fitted_on = None  # set by fit
 
     @classmethod
     def from_frame(cls, frame, name='features'): return cls({name: frame})
 
     @classmethod
     def read(cls,
-             paths):   # a .npz, .parquet or .csv file, a folder of them, or a list; the stem names the source
+             # a .npz, .parquet or .csv file, a folder of them, or a list; the stem names the source
+             paths):
         "Tables from files, one source each."
         paths = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-        files = [f for p in paths for f in (sorted(f for f in p.iterdir() if f.suffix in READERS) if p.is_dir() else [p])]
-        if not files: raise BadFeatures(f'no {", ".join(READERS)} file in {", ".join(p.name for p in paths)}')
+        files = [
+            f
+            for p in paths
+            for f in (sorted(f for f in p.iterdir() if f.suffix in READERS) if p.is_dir() else [p])
+        ]
+        if not files:
+            raise BadFeatures(f'no {", ".join(READERS)} file in {", ".join(p.name for p in paths)}')
         twice = pd.Index([f.stem for f in files]).duplicated()
-        if twice.any(): raise BadFeatures(f'two files would both be source {files[twice.argmax()].stem!r}; rename one')
+        if twice.any():
+            raise BadFeatures(
+                f'two files would both be source {files[twice.argmax()].stem!r}; rename one'
+            )
         return cls({f.stem: _read(f) for f in files})
 
     @property
     def dims(self): return {k: v.shape[1] for k, v in self.sources.items()}
 
     def __repr__(self):
-        fitted = 'not fitted' if self.fitted_on is None else f'fitted on {len(self.fitted_on)} targets'
-        return f'FeatureTable({", ".join(f"{k}: {len(v)} x {v.shape[1]}" for k, v in self.sources.items())}; {fitted})'
+        fitted = (
+            'not fitted' if self.fitted_on is None else f'fitted on {len(self.fitted_on)} targets'
+        )
+        return (
+            f'FeatureTable({", ".join(f"{k}: {len(v)} x {v.shape[1]}" for k, v in self.sources.items())}; '
+            f'{fitted})'
+        )
 
 # %% ../nbs/21_featurizers.ipynb #c036
 def as_table(
@@ -112,7 +136,8 @@ def as_table(
     return FeatureTable(features) if isinstance(features, dict) else FeatureTable.read(features)
 
 # %% ../nbs/21_featurizers.ipynb #c039
-def _transform(self,
+@patch
+def transform(self: FeatureTable,
                targets    # names of n targets
               ) -> tuple: # x float32 [n, F], the sources side by side; present bool [n, S]
     "The features of targets. Where a source knows nothing: zeros, and `present` is False."
@@ -122,60 +147,84 @@ def _transform(self,
     x = [np.where(known[:, None], source.to_numpy()[r], 0) for r, known, source in triples]
     return np.concatenate(x, 1).astype('float32'), present
 
-def _missing(self, targets):
+@patch
+def missing(self: FeatureTable, targets):
     "Those targets that no source knows."
     return [t for t, known in zip(targets, self.transform(targets)[1]) if not known.any()]
-
-FeatureTable.transform, FeatureTable.missing = _transform, _missing
 
 # %% ../nbs/21_featurizers.ipynb #c044
 def _targets(names): return sorted({t for n in names for t in parts(n)})
 
-def _fit(self,
-         train_targets,            # names of the training perturbations; combinations are taken apart
+@patch
+def fit(self: FeatureTable,
+         # names of the training perturbations; combinations are taken apart
+         train_targets,
          n_components: int = 64,   # of each source, see `whitening`
          shrink: float = 10.       # see `whitening`
         ):                         # a new FeatureTable, whitened
-    "Whiten each source on the training targets that it knows. A source that knows fewer than three is left out, with a warning."
-    if self.fitted_on is not None: raise BadFeatures('this table is whitened already; fit the table it came from')
-    new, targets = copy(self), _targets(train_targets)
-    new.sources, new.maps, new.fitted_on = {}, {}, tuple(targets)
+    """Whiten each source on the training targets that it knows.
+
+    A source that knows fewer than three is left out, with a warning.
+    """
+    if self.fitted_on is not None:
+        raise BadFeatures('this table is whitened already; fit the table it came from')
+    new = copy(self)
+    targets = _targets(train_targets)
+    new.sources = {}
+    new.maps = {}
+    new.fitted_on = tuple(targets)
     for name, frame in self.sources.items():
         x = frame.loc[frame.index.intersection(targets).sort_values()].to_numpy('float64')
         if len(x) < 3:
-            warnings.warn(f'source {name!r} knows {len(x)} of {len(targets)} training targets: left out', MissingFeatures, stacklevel=2)
+            warnings.warn(
+                (f'source {name!r} knows {len(x)} of {len(targets)} training targets: left out'),
+                MissingFeatures,
+                stacklevel=2,
+            )
             continue
         new.maps[name] = whitening(x, n_components, shrink)
         new.sources[name] = new._white(name, frame)
     if new.sources: return new
-    raise BadFeatures(f'no source knows three of the training targets ({", ".join(targets[:3])}, ...): do the symbols match?')
+    raise BadFeatures(
+        f'no source knows three of the training targets ({", ".join(targets[:3])}, '
+        '...): do the symbols match?'
+    )
 
-def _white(self, name, frame):
+@patch
+def _white(self: FeatureTable, name, frame):
     centre, rotate = self.maps[name]
-    return pd.DataFrame(((frame.to_numpy('float64') - centre) @ rotate).astype('float32'), index=frame.index)
-
-FeatureTable.fit, FeatureTable._white = _fit, _white
+    return pd.DataFrame(
+        ((frame.to_numpy('float64') - centre) @ rotate).astype('float32'), index=frame.index
+    )
 
 # %% ../nbs/21_featurizers.ipynb #c055
-def _extend(self,
-            features):   # features of new targets, in any form that `as_table` takes; same sources, same columns
+@patch
+def extend(self: FeatureTable,
+            # features of new targets, in any form that `as_table` takes; same sources, same columns
+            features):
     "A new table that knows more targets; nothing is fitted again."
     if not self.maps: raise BadFeatures('fit the table first')
-    new, more = copy(self), as_table(features)
+    new = copy(self)
+    more = as_table(features)
     new.sources = dict(self.sources)
     for name, frame in more.sources.items():
         if name not in self.maps:
-            raise BadFeatures(f'source {name!r} is not in the fitted table, which has {list(self.maps)}')
-        width, known = len(self.maps[name][0]), frame.index.intersection(self.sources[name].index)
-        if frame.shape[1] != width: raise BadFeatures(f'source {name!r}: {frame.shape[1]} columns, {width} when it was fitted')
+            raise BadFeatures(
+                f'source {name!r} is not in the fitted table, which has {list(self.maps)}'
+            )
+        width = len(self.maps[name][0])
+        known = frame.index.intersection(self.sources[name].index)
+        if frame.shape[1] != width:
+            raise BadFeatures(
+                f'source {name!r}: {frame.shape[1]} columns, {width} when it was fitted'
+            )
         if len(known): raise BadFeatures(f'source {name!r}: symbol {known[0]!r} is known already')
         new.sources[name] = pd.concat([self.sources[name], self._white(name, frame)])
     return new
 
-FeatureTable.extend = _extend
-
 # %% ../nbs/21_featurizers.ipynb #c059
-def _support(self,
+@patch
+def support(self: FeatureTable,
              train_targets,   # names of the training perturbations
              targets          # names of n targets
             ):                # float [n], 0 to 1
@@ -185,10 +234,9 @@ def _support(self,
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return (unit(targets) @ unit(_targets(train_targets)).T).max(1).clip(0, 1)
 
-FeatureTable.support = _support
-
 # %% ../nbs/21_featurizers.ipynb #c066
-def _state(self) -> dict:
+@patch
+def state(self: FeatureTable) -> dict:
     "The table as plain arrays, for `numpy.savez`."
     out = {'names': np.array(list(self.sources)), 'fitted': np.array(self.fitted_on is not None),
            'fitted_on': np.array(self.fitted_on or (), dtype=str)}
@@ -198,15 +246,23 @@ def _state(self) -> dict:
     return out
 
 # %% ../nbs/21_featurizers.ipynb #c067
-def _from_state(cls, state):
+@patch(cls_method=True)
+def from_state(cls: FeatureTable, state):
     "The table that `state` describes."
     names = [str(n) for n in state['names']]
-    new = cls({n: pd.DataFrame(state[f'{i}.values'], index=state[f'{i}.symbol']) for i, n in enumerate(names)})
+    new = cls(
+        {
+            n: pd.DataFrame(state[f'{i}.values'], index=state[f'{i}.symbol'])
+            for i, n in enumerate(names)
+        }
+    )
     if state['fitted']: new.fitted_on = tuple(str(t) for t in state['fitted_on'])
-    new.maps = {n: (state[f'{i}.centre'], state[f'{i}.map']) for i, n in enumerate(names) if f'{i}.map' in state}
+    new.maps = {
+        n: (state[f'{i}.centre'], state[f'{i}.map'])
+        for i, n in enumerate(names)
+        if f'{i}.map' in state
+    }
     return new
-
-FeatureTable.state, FeatureTable.from_state = _state, classmethod(_from_state)
 
 # %% ../nbs/21_featurizers.ipynb #c070
 @dataclass
@@ -222,7 +278,8 @@ class ActionBatch:
 
     def _each(self, f): return ActionBatch(*(f(getattr(self, x.name)) for x in fields(self)))
     def __len__(self): return len(self.mask)
-    def __getitem__(self, i): return self._each(lambda x: x[[i] if isinstance(i, (int, np.integer)) else i])
+    def __getitem__(self, i):
+        return self._each(lambda x: x[[i] if isinstance(i, (int, np.integer)) else i])
     def to(self, device): return self._each(lambda x: x.to(device))
 
 # %% ../nbs/21_featurizers.ipynb #c071
@@ -233,13 +290,16 @@ def encode_actions(
     ) -> ActionBatch:
     "Actions as tensors. Warns, by name, of targets that no source knows."
     for a in actions:
-        if not isinstance(a, Action): raise TypeError(f'{a!r} is not an Action; Action.parse makes one of a label')
-    P, A = len(actions), max([1, *map(len, actions)])
+        if not isinstance(a, Action):
+            raise TypeError(f'{a!r} is not an Action; Action.parse makes one of a label')
+    P = len(actions)
+    A = max([1, *map(len, actions)])
     at = [(i, j, p) for i, a in enumerate(actions) for j, p in enumerate(a.parts)]
     names = sorted({p.target for _, _, p in at})
     x, known = table.transform(names) if table else np.zeros((2, len(names), 0))
     lost = [n for n, k in zip(names, known) if table and not k.any()]
-    if lost: warnings.warn(f'no feature source knows {", ".join(lost)}', MissingFeatures, stacklevel=2)
+    if lost:
+        warnings.warn(f'no feature source knows {", ".join(lost)}', MissingFeatures, stacklevel=2)
 
     name_row, gene_row = ({n: i for i, n in enumerate(v)} for v in (names, genes))
     def fill(value, dtype, empty=0, width=()):
@@ -247,8 +307,15 @@ def encode_actions(
         out = np.full((P, A, *width), empty, dtype)
         for i, j, p in at: out[i, j] = value(p)
         return torch.from_numpy(out)
-    return ActionBatch(features=fill(lambda p: x[name_row[p.target]], 'float32', width=x.shape[1:]),
-                       present=fill(lambda p: known[name_row[p.target]], bool, width=known.shape[1:]),
-                       mode=fill(lambda p: MODES.index(p.mode), 'int64'), dose=fill(lambda p: p.dose, 'float32'),
-                       time=fill(lambda p: np.nan_to_num(p.time), 'float32'),
-                       target=fill(lambda p: gene_row.get(p.target, -1), 'int64', -1), mask=fill(lambda p: True, bool))
+    return ActionBatch(
+        features=fill(lambda p: x[name_row[p.target]], 'float32', width=x.shape[1:]),
+        present=fill(lambda p: known[name_row[p.target]], bool, width=known.shape[1:]),
+        mode=fill(lambda p: MODES.index(p.mode), 'int64'),
+        dose=fill(lambda p: p.dose, 'float32'),
+        time=fill(lambda p: np.nan_to_num(p.time), 'float32'),
+        target=fill(lambda p: gene_row.get(p.target, -1), 'int64', -1),
+        mask=fill(lambda p: True, bool),
+    )
+
+# %% ../nbs/21_featurizers.ipynb #c091
+document(globals())

@@ -9,10 +9,12 @@ __all__ = ['l1_latent', 'gaussian_nll', 'vicreg', 'vicreg_flat', 'effective_rank
 # %% ../nbs/33_losses.ipynb #c003
 import math
 
-# %% ../nbs/33_losses.ipynb #c004
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# %% ../nbs/33_losses.ipynb #c004
+from .patching import document
 
 # %% ../nbs/33_losses.ipynb #c008
 def l1_latent(predicted: Tensor,  # predicted latents [..., D]
@@ -38,13 +40,15 @@ def vicreg(z: Tensor,                        # one embedding per cell [B, D]
            target: float = 1.,               # standard deviation that is asked of every dimension
            eps: float = 1e-4                 # keeps the gradient finite where the variance is zero
           ) -> Tensor:                       # scalar
-    "Variance and covariance of embeddings across cells, and how far two views differ (Bardes et al. 2022, equations 1 to 6)."
-    if z.ndim != 2: raise ValueError(f'vicreg takes one embedding per cell, [B, D], not {tuple(z.shape)}')
-    spread = lambda a: F.relu(target - (a.var(0) + eps).sqrt()).mean()
+    """Variance and covariance of embeddings across cells, and how far two views differ (Bardes et
+    al. 2022, equations 1 to 6)."""
+    if z.ndim != 2:
+        raise ValueError(f'vicreg takes one embedding per cell, [B, D], not {tuple(z.shape)}')
+    def spread(a): return F.relu(target - (a.var(0) + eps).sqrt()).mean()
     def overlap(a):
         c = torch.cov(a.T)                                                          # [D, D]
         return (c.square().sum() - c.diagonal().square().sum()) / len(c)
-    one = lambda a: spread(a) + covariance_weight * overlap(a)
+    def one(a): return spread(a) + covariance_weight * overlap(a)
     return one(z) if other is None else F.mse_loss(z, other) + (one(z) + one(other)) / 2
 
 # %% ../nbs/33_losses.ipynb #c030
@@ -59,7 +63,8 @@ def effective_rank(z: Tensor,           # embeddings, one row per cell [B, D]
                    centre: bool = True, # take the mean embedding away first?
                    floor: float = 1e-3  # standard deviation below which a direction counts as noise
                   ) -> float:           # between 0 (all rows equal) and min(B, D)
-    "Exponential of the entropy of the singular values (Roy and Vetterli 2007; RankMe, Garrido et al. 2023)."
+    """Exponential of the entropy of the singular values (Roy and Vetterli 2007; RankMe, Garrido et
+    al. 2023)."""
     z = z.detach().float()
     s = torch.linalg.svdvals(z - z.mean(0) if centre else z) / len(z)**.5
     s = s[s > floor]
@@ -67,9 +72,11 @@ def effective_rank(z: Tensor,           # embeddings, one row per cell [B, D]
 
 # %% ../nbs/33_losses.ipynb #c046
 def effect_loss(delta_hat: Tensor,  # predicted effects [B, G], log1p units
-                delta: Tensor,      # observed effects: mean of treated minus mean of control cells [B, G]
+                # observed effects: mean of treated minus mean of control cells [B, G]
+                delta: Tensor,
                 centre: Tensor,     # mean effect of the training perturbations [G]
-                weight: Tensor      # weight of each gene [G], such as one over its variance between effects
+                # weight of each gene [G], such as one over its variance between effects
+                weight: Tensor
                ) -> Tensor:         # scalar: 0 is perfect, 1 no better than the centre
     "Squared error of effects, relative to what the centre leaves unexplained; genes weighted."
     left = (weight * (delta_hat - delta).square()).sum()
@@ -79,12 +86,15 @@ def effect_loss(delta_hat: Tensor,  # predicted effects [B, G], log1p units
 def energy_distance(x: Tensor,  # a set of cells [..., M, d]
                     y: Tensor   # another set [..., N, d]
                    ) -> Tensor: # [...]
-    "2 E|x - y| - E|x - x'| - E|y - y'| over all pairs (Szekely and Rizzo 2013); zero for equal sets, else positive."
-    d = lambda a, b: torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist').mean((-1, -2))
+    """2 E|x - y| - E|x - x'| - E|y - y'| over all pairs (Szekely and Rizzo 2013); zero for equal
+    sets, else positive."""
+    def d(a, b):
+        return torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist').mean((-1, -2))
     return 2 * d(x, y) - d(x, x) - d(y, y)
 
 # %% ../nbs/33_losses.ipynb #c066
-def inverse_dynamics(change: Tensor,            # embedding of what happened between two states [B, D]
+# embedding of what happened between two states [B, D]
+def inverse_dynamics(change: Tensor,
                      action: Tensor,            # embedding of the action that was taken [B, D]
                      group: Tensor,             # which action it was, long [B]
                      temperature: float = 0.1   # of the softmax over cosines
@@ -94,3 +104,6 @@ def inverse_dynamics(change: Tensor,            # embedding of what happened bet
     score = F.normalize(change, dim=-1) @ F.normalize(action, dim=-1).T / temperature   # [B, B]
     own = group[:, None] == group
     return (score.logsumexp(-1) - score.masked_fill(~own, -torch.inf).logsumexp(-1)).mean()
+
+# %% ../nbs/33_losses.ipynb #c077
+document(globals())

@@ -16,24 +16,33 @@ from anndata import AnnData
 from tqdm.auto import tqdm
 
 # %% ../nbs/23_molecules.ipynb #c008
+from .patching import document
+from .cells import SCHEMA, gene_hash
+from .featurizers import MissingFeatures
+from .proteins import cache_folder, cached
+
+# %% ../nbs/23_molecules.ipynb #c009
 try:
     from rdkit import Chem, rdBase
     from rdkit.Chem import Descriptors, rdFingerprintGenerator
     from rdkit.Chem.Scaffolds import MurckoScaffold
 except ImportError as e: raise ImportError("molecules need RDKit: pip install 'biojepa[molecules]'") from e
 
-# %% ../nbs/23_molecules.ipynb #c009
-from .cells import SCHEMA, gene_hash
-from .featurizers import MissingFeatures
-from .proteins import cache_folder, cached
-
 # %% ../nbs/23_molecules.ipynb #c011
-class BadMolecule(ValueError): "A structure that cannot be read; the message names the drug and says why."
+class BadMolecule(ValueError):
+    """A structure that cannot be read; the message names the drug and says why.
+
+    """
 
 def _why(text):
     "What is wrong with a structure that RDKit refuses."
     loose = Chem.MolFromSmiles(text, sanitize=False) if not text.startswith("InChI=") else None
-    if loose is None: return "is no valid " + ("InChI" if text.startswith("InChI=") else "SMILES: brackets, rings or letters do not fit")
+    if loose is None:
+        return "is no valid " + (
+            "InChI"
+            if text.startswith("InChI=")
+            else "SMILES: brackets, rings or letters do not fit"
+        )
     return "; ".join(p.Message() for p in Chem.DetectChemistryProblems(loose)) or "is refused"
 
 def parse_molecule(
@@ -41,11 +50,13 @@ def parse_molecule(
     name: str = "molecule", # for the message
 ): # RDKit molecule
     "A structure. Raises BadMolecule."
-    if not isinstance(text, str) or not text.strip(): raise BadMolecule(f"{name}: no structure given ({text!r})")
+    if not isinstance(text, str) or not text.strip():
+        raise BadMolecule(f"{name}: no structure given ({text!r})")
     text = text.strip()
     with rdBase.BlockLogs():
         mol = Chem.MolFromInchi(text) if text.startswith("InChI=") else Chem.MolFromSmiles(text)
-        if mol is None or not mol.GetNumAtoms(): raise BadMolecule(f"{name}: {text[:60]!r} {_why(text)}")
+        if mol is None or not mol.GetNumAtoms():
+            raise BadMolecule(f"{name}: {text[:60]!r} {_why(text)}")
     return mol
 
 # %% ../nbs/23_molecules.ipynb #c016
@@ -53,18 +64,45 @@ def parse_molecules(
     molecules: dict, # name -> SMILES or InChI
     leave_out: bool = False, # leave out what cannot be read, with a warning
 ) -> dict: # name -> RDKit molecule
-    "Structures by name. Raises BadMolecule for the first that cannot be read, and says how many there are."
-    out, bad = {}, []
+    """Structures by name. Raises BadMolecule for the first that cannot be read, and says how many
+    there are."""
+    out = {}
+    bad = []
     for n, text in molecules.items():
         try: out[n] = parse_molecule(text, n)
         except BadMolecule as e: bad.append(str(e))
-    if bad and not (leave_out and out): raise BadMolecule(bad[0] + (f" (and {len(bad) - 1} more of {len(molecules)})" if len(bad) > 1 else ""))
-    if bad: warnings.warn(f"{len(bad)} of {len(molecules)} structures cannot be read and are left out; {bad[0]}", MissingFeatures, stacklevel=2)
+    if bad and not (leave_out and out):
+        raise BadMolecule(
+            bad[0] + (f" (and {len(bad) - 1} more of {len(molecules)})" if len(bad) > 1 else "")
+        )
+    if bad:
+        warnings.warn(
+            (
+                f"{len(bad)} of {len(molecules)} structures cannot be read and are left "
+                f"out; {bad[0]}"
+            ),
+            MissingFeatures,
+            stacklevel=2,
+        )
     return out
 
 # %% ../nbs/23_molecules.ipynb #c019
-PROPERTIES = ("MolLogP", "NumHDonors", "NumHAcceptors", "NumRotatableBonds", "RingCount", "NumAromaticRings", "NumAliphaticRings", "NumSaturatedRings",
-              "NumAromaticHeterocycles", "NumHeteroatoms", "FractionCSP3", "NumRadicalElectrons", "qed", "NOCount")
+PROPERTIES = (
+    "MolLogP",
+    "NumHDonors",
+    "NumHAcceptors",
+    "NumRotatableBonds",
+    "RingCount",
+    "NumAromaticRings",
+    "NumAliphaticRings",
+    "NumSaturatedRings",
+    "NumAromaticHeterocycles",
+    "NumHeteroatoms",
+    "FractionCSP3",
+    "NumRadicalElectrons",
+    "qed",
+    "NOCount",
+)
 LOGGED = ("MolWt", "HeavyAtomCount", "TPSA", "MolMR", "LabuteASA", "BertzCT") # these as log1p
 
 def fingerprints(
@@ -77,7 +115,10 @@ def fingerprints(
     "Morgan fingerprints. Stereochemistry plays no part."
     make = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=bits)
     mols = parse_molecules(molecules, leave_out)
-    rows = [make.GetFingerprintAsNumPy(m) for m in tqdm(mols.values(), disable=not progress, leave=False)]
+    rows = [
+        make.GetFingerprintAsNumPy(m)
+        for m in tqdm(mols.values(), disable=not progress, leave=False)
+    ]
     return pd.DataFrame(np.stack(rows).astype(np.float32), index=list(mols))
 
 def descriptors(
@@ -86,13 +127,25 @@ def descriptors(
     leave_out: bool = False, # as in `parse_molecules`
     cache=True, # True: `cache_folder`; a folder; None: keep nothing
 ) -> pd.DataFrame: # molecules x properties
-    "Properties of whole molecules, from disk where they were computed before; the formal charge comes last."
+    """Properties of whole molecules, from disk where they were computed before; the formal charge
+    comes last."""
     mols = parse_molecules(molecules, leave_out)
-    row = lambda m: [*(getattr(Descriptors, p)(m) for p in PROPERTIES), *(np.log1p(getattr(Descriptors, p)(m)) for p in LOGGED), Chem.GetFormalCharge(m)]
+    def row(m):
+        return [
+            *(getattr(Descriptors, p)(m) for p in PROPERTIES),
+            *(np.log1p(getattr(Descriptors, p)(m)) for p in LOGGED),
+            Chem.GetFormalCharge(m),
+        ]
     def compute(todo):
-        for k, text in tqdm(todo.items(), disable=not progress, leave=False): yield k, np.array(row(parse_molecule(text)), np.float32)
+        for k, text in tqdm(todo.items(), disable=not progress, leave=False):
+            yield k, np.array(row(parse_molecule(text)), np.float32)
     columns = [*PROPERTIES, *LOGGED, "charge"]
-    found = cached({n: molecules[n] for n in mols}, f"RDKit {rdBase.rdkitVersion} {columns}", compute, cache_folder("molecules") if cache is True else cache)
+    found = cached(
+        {n: molecules[n] for n in mols},
+        f"RDKit {rdBase.rdkitVersion} {columns}",
+        compute,
+        cache_folder("molecules") if cache is True else cache,
+    )
     return pd.DataFrame(np.stack(list(found.values())), index=list(found), columns=columns)
 
 # %% ../nbs/23_molecules.ipynb #c024
@@ -106,9 +159,24 @@ def tanimoto(
     return np.where(either > 0, common / np.maximum(either, 1), 1.0)
 
 # %% ../nbs/23_molecules.ipynb #c027
-def molecule_features(molecules: dict, radius: int = 2, bits: int = 2048, progress: bool = True, leave_out: bool = False, cache=True) -> dict: # as `fingerprints` and `descriptors`; source -> DataFrame
-    "Fingerprints and properties, for `FeatureTable`. Of a thousand molecules the former take 0.3 s and are made anew, the latter 3 s and are kept."
-    return {"Morgan": fingerprints(molecules, radius, bits, progress, leave_out), "properties": descriptors(molecules, progress, leave_out, cache)}
+# as `fingerprints` and `descriptors`; source -> DataFrame
+def molecule_features(
+    molecules: dict,
+    radius: int = 2,
+    bits: int = 2048,
+    progress: bool = True,
+    leave_out: bool = False,
+    cache=True,
+) -> dict:
+    """Fingerprints and properties, for `FeatureTable`.
+
+    Of a thousand molecules the former take 0.3 s and are made anew, the latter 3 s and are
+    kept.
+    """
+    return {
+        "Morgan": fingerprints(molecules, radius, bits, progress, leave_out),
+        "properties": descriptors(molecules, progress, leave_out, cache),
+    }
 
 # %% ../nbs/23_molecules.ipynb #c031
 def scaffolds(
@@ -116,7 +184,10 @@ def scaffolds(
     leave_out: bool = False, # as in `parse_molecules`
 ) -> dict: # name -> SMILES of its scaffold; 'no ring' where there is none
     "The Bemis-Murcko scaffold of each molecule; for `signature_folds(families=...)`."
-    return {n: MurckoScaffold.MurckoScaffoldSmiles(mol=m) or "no ring" for n, m in parse_molecules(molecules, leave_out).items()}
+    return {
+        n: MurckoScaffold.MurckoScaffoldSmiles(mol=m) or "no ring"
+        for n, m in parse_molecules(molecules, leave_out).items()
+    }
 
 # %% ../nbs/23_molecules.ipynb #c034
 def _plain(name): return "".join(c for c in str(name).casefold() if c.isalnum())
@@ -125,13 +196,17 @@ def match_structures(
     drugs: pd.Series, # identifier -> name
     tables: dict, # source -> Series of structures by identifier or by name; earlier ones win
 ) -> pd.DataFrame: # identifier; structure, source, by ('identifier', 'name' or '')
-    "A structure for each drug. The first table that knows the identifier, else the first that knows the name."
+    """A structure for each drug.
+
+    The first table that knows the identifier, else the first that knows the name.
+    """
     out = pd.DataFrame("", index=drugs.index, columns=["structure", "source", "by"])
     for by, keys, normal in (("identifier", drugs.index, str), ("name", drugs, _plain)):
         for source, table in tables.items():
             known = {normal(k): v for k, v in table.dropna().items()}
             for i, key in zip(drugs.index, keys):
-                if out.at[i, "by"] == "" and normal(key) in known: out.loc[i] = known[normal(key)], source, by
+                if out.at[i, "by"] == "" and normal(key) in known:
+                    out.loc[i] = known[normal(key)], source, by
     return out
 
 # %% ../nbs/23_molecules.ipynb #c036
@@ -143,34 +218,82 @@ def drug_signatures(
     copies: str = "drop", # drugs with exactly the effect of an earlier one: 'drop' or 'keep'
 ) -> AnnData: # drugs x genes; obs of the contract, and `structure`, `copies`
     "Measured effects of drugs as a dataset of kind 'signature'."
-    if copies not in ("drop", "keep"): raise ValueError(f"copies {copies!r} is not 'drop' or 'keep'")
+    if copies not in ("drop", "keep"):
+        raise ValueError(f"copies {copies!r} is not 'drop' or 'keep'")
     wrong = [n for n in map(str, effects.index) if "+" in n]
-    if wrong: raise BadMolecule(f"{wrong[0]!r}: '+' joins the parts of a combination; rename the drug")
+    if wrong:
+        raise BadMolecule(f"{wrong[0]!r}: '+' joins the parts of a combination; rename the drug")
     twice = effects.index[effects.index.duplicated()]
     if len(twice): raise BadMolecule(f"{twice[0]!r} stands twice")
     known = structures.reindex(effects.index).fillna("").astype(str)
     lost = list(known.index[known == ""])
-    if lost: warnings.warn(f"no structure of {', '.join(map(str, lost[:8]))}{f' and {len(lost) - 8} more' if len(lost) > 8 else ''}: left out", MissingFeatures, stacklevel=2)
-    effects, known = effects[(known != "").values], known[known != ""]
-    same = pd.Series([hashlib.sha256(x.tobytes()).hexdigest() for x in np.ascontiguousarray(effects.to_numpy(np.float32))], index=effects.index)
-    obs = pd.DataFrame(dict(perturbation=effects.index.astype(str), cell_type=line, mode="drug", dose=1.0, time=np.nan, structure=known.values,
-                            copies=same.map(same.value_counts()).values), index=effects.index.astype(str)).rename_axis(None)
-    data = AnnData(effects.to_numpy(np.float32), obs=obs, var=pd.DataFrame(index=effects.columns.astype(str).rename(None)))
-    data.uns["biojepa"] = dict(schema=SCHEMA, kind="signature", units=units, genes_hash=gene_hash(data.var_names))
+    if lost:
+        warnings.warn(
+            (
+                "no structure of "
+                f"{', '.join(map(str, lost[:8]))}{f' and {len(lost) - 8} more' if len(lost) > 8 else ''}: "
+                "left out"
+            ),
+            MissingFeatures,
+            stacklevel=2,
+        )
+    effects = effects[(known != "").values]
+    known = known[known != ""]
+    same = pd.Series(
+        [
+            hashlib.sha256(x.tobytes()).hexdigest()
+            for x in np.ascontiguousarray(effects.to_numpy(np.float32))
+        ],
+        index=effects.index,
+    )
+    obs = pd.DataFrame(
+        dict(
+            perturbation=effects.index.astype(str),
+            cell_type=line,
+            mode="drug",
+            dose=1.0,
+            time=np.nan,
+            structure=known.values,
+            copies=same.map(same.value_counts()).values,
+        ),
+        index=effects.index.astype(str),
+    ).rename_axis(None)
+    data = AnnData(
+        effects.to_numpy(np.float32),
+        obs=obs,
+        var=pd.DataFrame(index=effects.columns.astype(str).rename(None)),
+    )
+    data.uns["biojepa"] = dict(
+        schema=SCHEMA, kind="signature", units=units, genes_hash=gene_hash(data.var_names)
+    )
     return data[~same.duplicated().values].copy() if copies == "drop" else data
 
 # %% ../nbs/23_molecules.ipynb #c039
 def read_l1000(
-    folder, # with l1000_drugbank_consensus_z.npz (z, drugbank, symbol) and drugs.csv (drugbank_id, name, inchi)
+    # with l1000_drugbank_consensus_z.npz (z, drugbank, symbol) and drugs.csv (drugbank_id, name,
+    # inchi)
+    folder,
     copies: str = "drop", # as in `drug_signatures`
 ) -> AnnData: # drugs x 978 genes; obs adds `name`, `rms` (of z, before it was divided)
     "Consensus signatures of drugs with their structures."
     folder = Path(folder)
-    with np.load(folder / "l1000_drugbank_consensus_z.npz") as f: z = pd.DataFrame(f["z"], index=f["drugbank"].astype(str), columns=f["symbol"].astype(str))
+    with np.load(folder / "l1000_drugbank_consensus_z.npz") as f:
+        z = pd.DataFrame(f["z"], index=f["drugbank"].astype(str), columns=f["symbol"].astype(str))
     bank = pd.read_csv(folder / "drugs.csv", dtype=str).set_index("drugbank_id")
     name = bank.name.reindex(z.index)
     found = match_structures(name, {"DrugBank": bank.inchi, "names": bank.set_index("name").inchi})
     rms = np.sqrt((z**2).mean(axis=1))
-    data = drug_signatures(z.div(rms, axis=0), found.structure, units="z of L1000, root mean square 1 per drug", copies=copies)
-    data.obs["name"], data.obs["rms"] = name.loc[data.obs_names].values, rms.loc[data.obs_names].values
+    data = drug_signatures(
+        z.div(rms, axis=0),
+        found.structure,
+        units="z of L1000, root mean square 1 per drug",
+        copies=copies,
+    )
+    data.obs["name"], data.obs["rms"] = (
+        name.loc[data.obs_names].values,
+        rms.loc[data.obs_names].values,
+    )
     return data
+
+# %% ../nbs/23_molecules.ipynb #c049
+document(globals())

@@ -16,10 +16,14 @@ import torch
 from tqdm.auto import tqdm
 
 # %% ../nbs/24_nucleotides.ipynb #c008
+from .patching import document
 from .proteins import cache_folder, cached, torch_threads
 
 # %% ../nbs/24_nucleotides.ipynb #c010
-class BadNucleotides(ValueError): "A sequence that cannot be read; the message names it, the letter and its place."
+class BadNucleotides(ValueError):
+    """A sequence that cannot be read; the message names it, the letter and its place.
+
+    """
 
 UNSURE = frozenset("NRYSWKMBDHV") # one of several letters
 
@@ -33,10 +37,15 @@ def check_nucleotides(
     wrong = next((i for i, c in enumerate(clean) if c not in "ACGT" and c not in UNSURE), None)
     if wrong is None: return clean
     hint = "; is this a protein?" if clean[wrong] in "EFILPQZX" else ""
-    raise BadNucleotides(f"{name}: letter {clean[wrong]!r} at position {wrong + 1} of {len(clean)} is no nucleotide{hint}")
+    raise BadNucleotides(
+        f"{name}: letter {clean[wrong]!r} at position {wrong + 1} of {len(clean)} "
+        f"is no nucleotide{hint}"
+    )
 
 # %% ../nbs/24_nucleotides.ipynb #c013
-def _strand(s): return s.translate(str.maketrans("ACGTRYKMBVDH", "TGCAYRMKVBHD"))[::-1] # N, S and W are their own complements
+def _strand(s):
+    # N, S and W are their own complements
+    return s.translate(str.maketrans("ACGTRYKMBVDH", "TGCAYRMKVBHD"))[::-1]
 
 def kmer_profile(
     sequences: dict, # name -> DNA or RNA
@@ -44,36 +53,54 @@ def kmer_profile(
     both_strands: bool = False, # count a word and its reverse complement as one
     progress: bool = False,
 ) -> pd.DataFrame: # sequences x words; each row adds up to 1
-    "Share of each word of k letters. Needs no weights, and no cache: a thousand sequences of 2,000 letters take 0.2 s. Raises BadNucleotides."
+    """Share of each word of k letters.
+
+    Needs no weights, and no cache: a thousand sequences of 2,000 letters take 0.2 s. Raises
+    BadNucleotides.
+    """
     if not 1 <= k <= 8: raise ValueError(f"k = {k}: words have 1 to 8 letters")
     place = 4 ** np.arange(k)[::-1]
     every = ["".join(w) for w in product("ACGT", repeat=k)]
     rows = []
     for name, text in tqdm(sequences.items(), disable=not progress, leave=False):
         s = check_nucleotides(text, name)
-        code = np.full(256, -1); code[list(b"ACGT")] = range(4)
+        code = np.full(256, -1)
+        code[list(b"ACGT")] = range(4)
         letters = code[np.frombuffer(s.encode(), np.uint8)]
         if len(s) < k: raise BadNucleotides(f"{name}: {len(s)} letters have no word of {k}")
         seen = np.lib.stride_tricks.sliding_window_view(letters, k)
         seen = seen[(seen >= 0).all(1)] @ place
-        if not len(seen): raise BadNucleotides(f"{name}: no word of {k} letters without an unsure one")
+        if not len(seen):
+            raise BadNucleotides(f"{name}: no word of {k} letters without an unsure one")
         rows.append(np.bincount(seen, minlength=4 ** k) / len(seen))
     table = pd.DataFrame(np.stack(rows), index=list(sequences), columns=every)
     if both_strands: table = table.T.groupby([min(w, _strand(w)) for w in every]).sum().T
     return table.astype(np.float32)
 
 # %% ../nbs/24_nucleotides.ipynb #c021
-LANGUAGE_MODELS = {"ChemBERTa": "DeepChem/ChemBERTa-77M-MLM", "Nucleotide Transformer": "InstaDeepAI/nucleotide-transformer-500m-human-ref"}
+LANGUAGE_MODELS = {
+    "ChemBERTa": "DeepChem/ChemBERTa-77M-MLM",
+    "Nucleotide Transformer": "InstaDeepAI/nucleotide-transformer-500m-human-ref",
+}
 
 class Language:
     "A tokenizer and a model of text, and what identifies their weights."
     def __init__(self, tokenizer, model, window=None):
-        self.tokenizer, self.model = tokenizer, model.eval().requires_grad_(False)
-        longest = min(getattr(tokenizer, "model_max_length", 512), getattr(model.config, "max_position_embeddings", 512) - 2)
-        self.window = window or max(8, longest - tokenizer.num_special_tokens_to_add())   # tokens at once
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        longest = min(
+            getattr(tokenizer, "model_max_length", 512),
+            getattr(model.config, "max_position_embeddings", 512) - 2,
+        )
+        # tokens at once
+        self.window = window or max(8, longest - tokenizer.num_special_tokens_to_add())
         tokenizer.model_max_length = 10 ** 9                      # the windows are cut here
         digest = hashlib.sha256(str(self.window).encode())
-        for k, v in sorted(model.state_dict().items()): digest.update(k.encode() + v.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        for k, v in sorted(model.state_dict().items()):
+            digest.update(
+                k.encode()
+                + v.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+            )
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
         self.fingerprint = digest.hexdigest()[:16]
 
@@ -83,19 +110,32 @@ def load_language(
     **kwargs, # of transformers' from_pretrained, such as trust_remote_code, revision
 ) -> Language:
     "A model of SMILES or DNA through transformers."
-    try: from transformers import AutoModel, AutoTokenizer
-    except ImportError as e: raise ImportError("language models need transformers: pip install 'biojepa[language]'") from e
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as e:
+        raise ImportError(
+            "language models need transformers: pip install 'biojepa[language]'"
+        ) from e
     name = LANGUAGE_MODELS.get(str(name), str(name))
-    return Language(AutoTokenizer.from_pretrained(name, **kwargs), AutoModel.from_pretrained(name, **kwargs), window)
+    return Language(
+        AutoTokenizer.from_pretrained(name, **kwargs),
+        AutoModel.from_pretrained(name, **kwargs),
+        window,
+    )
 
 # %% ../nbs/24_nucleotides.ipynb #c022
 def _windows_of(language, text):
     "The tokens of a text, in windows with the marks of begin and end."
-    ids, marked = (language.tokenizer(text, add_special_tokens=m)["input_ids"] for m in (False, True))
+    ids, marked = (
+        language.tokenizer(text, add_special_tokens=m)["input_ids"] for m in (False, True)
+    )
     if not ids: raise ValueError(f"no token in {text[:40]!r}")
     at = next(i for i in range(len(marked) - len(ids) + 1) if marked[i:i + len(ids)] == ids)
-    before, after = marked[:at], marked[at + len(ids):]
-    return [before + ids[a:a + language.window] + after for a in range(0, len(ids), language.window)], {*before, *after}
+    before = marked[:at]
+    after = marked[at + len(ids):]
+    return [
+        before + ids[a : a + language.window] + after for a in range(0, len(ids), language.window)
+    ], {*before, *after}
 
 def embed_texts(
     texts: dict, # name -> SMILES, DNA
@@ -108,24 +148,47 @@ def embed_texts(
     "A vector per text, from disk where it was computed before; long texts by windows."
     device = next(language.model.parameters()).device
     def compute(todo):
-        jobs, left, total = [], {}, {}
+        jobs = []
+        left = {}
+        total = {}
         for n, t in todo.items():
             ids, marks = _windows_of(language, t)
-            jobs += [(n, i) for i in ids]; left[n], total[n] = len(ids), [0., 0]
+            jobs += [(n, i) for i in ids]
+            left[n], total[n] = len(ids), [0., 0]
         jobs.sort(key=lambda j: len(j[1]))
         for at in tqdm(range(0, len(jobs), batch), disable=not progress, leave=False):
-            part = jobs[at:at + batch]; longest = max(len(i) for _, i in part)
-            ids = torch.full((len(part), longest), language.tokenizer.pad_token_id or 0); there = torch.zeros_like(ids)
-            for r, (_, i) in enumerate(part): ids[r, :len(i)], there[r, :len(i)] = torch.tensor(i), 1
-            with torch.inference_mode(): x = language.model(input_ids=ids.to(device), attention_mask=there.to(device)).last_hidden_state.float().cpu().numpy()
+            part = jobs[at:at + batch]
+            longest = max(len(i) for _, i in part)
+            ids = torch.full((len(part), longest), language.tokenizer.pad_token_id or 0)
+            there = torch.zeros_like(ids)
+            for r, (_, i) in enumerate(part):
+                ids[r, : len(i)], there[r, : len(i)] = torch.tensor(i), 1
+            with torch.inference_mode():
+                x = (
+                    language.model(input_ids=ids.to(device), attention_mask=there.to(device))
+                    .last_hidden_state.float()
+                    .cpu()
+                    .numpy()
+                )
             for (n, i), row in zip(part, x):
-                real = np.array([t not in marks for t in i]); left[n] -= 1
+                real = np.array([t not in marks for t in i])
+                left[n] -= 1
                 total[n] = [total[n][0] + row[:len(i)][real].sum(0), total[n][1] + real.sum()]
                 if not left[n]: yield n, (total[n][0] / max(total[n][1], 1)).astype(np.float32)
-    with torch_threads(threads): return cached(texts, f"language {language.fingerprint}", compute, cache_folder("language") if cache is True else cache)
+    with torch_threads(threads):
+        return cached(
+            texts,
+            f"language {language.fingerprint}",
+            compute,
+            cache_folder("language") if cache is True else cache,
+        )
 
 # %% ../nbs/24_nucleotides.ipynb #c023
-def language_features(texts: dict, language: Language, source: str = "language", **kwargs) -> dict: # as `embed_texts`; source -> DataFrame
+# as `embed_texts`; source -> DataFrame
+def language_features(texts: dict, language: Language, source: str = "language", **kwargs) -> dict:
     "Vectors of a language model, for `FeatureTable`."
     found = embed_texts(texts, language, **kwargs)
     return {source: pd.DataFrame(np.stack(list(found.values())), index=list(found))}
+
+# %% ../nbs/24_nucleotides.ipynb #c029
+document(globals())

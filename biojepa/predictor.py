@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/34_predictor.ipynb #c007
-from .attention import MLP, LinearAttention
+from .patching import document
 from .cells import MODES
+from .attention import LinearAttention, MLP
 
 # %% ../nbs/34_predictor.ipynb #c010
 class BlockV03(nn.Module):
@@ -24,9 +25,12 @@ class BlockV03(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.attention, self.cross, self.mlp = LinearAttention(width, heads), LinearAttention(width, heads), MLP(width)
+        self.attention = LinearAttention(width, heads)
+        self.cross = LinearAttention(width, heads)
+        self.mlp = MLP(width)
 
-    def forward(self, x, action):                                         # [B, 2G, D], [B, 1, D] -> [B, 2G, D]
+    # [B, 2G, D], [B, 1, D] -> [B, 2G, D]
+    def forward(self, x, action):
         x = x + self.attention(self.norm1(x))
         context, query = x.chunk(2, 1)                                    # 2 x [B, G, D]
         query = query + self.cross(self.norm2(query), context=action)
@@ -35,7 +39,8 @@ class BlockV03(nn.Module):
 
 # %% ../nbs/34_predictor.ipynb #c012
 class PredictorV03(nn.Module):
-    "Latent of the treated cell from the control cell's tokens and one 320-d action vector, as in v0.3."
+    """Latent of the treated cell from the control cell's tokens and one 320-d action vector, as in
+    v0.3."""
     def __init__(self,
                  n_genes: int,           # G
                  width: int = 256,       # D
@@ -43,16 +48,20 @@ class PredictorV03(nn.Module):
                  layers: int = 6,        # blocks
                  action_dim: int = 320): # numbers in an action vector
         super().__init__()
-        self.adapter = nn.Sequential(nn.Linear(action_dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))
+        self.adapter = nn.Sequential(
+            nn.Linear(action_dim, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width)
+        )
         self.query = nn.Embedding(n_genes, width)
         self.blocks = nn.ModuleList(BlockV03(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.mean, self.log_variance = nn.Linear(width, width), nn.Linear(width, width)
+        self.mean = nn.Linear(width, width)
+        self.log_variance = nn.Linear(width, width)
 
-    def forward(self,
-                context: Tensor,  # tokens of the control state [B, G, D]
-                action: Tensor    # action vectors [B, action_dim]
-               ) -> tuple[Tensor, Tensor]:  # mean and log-variance of the treated latent, each [B, G, D]
+    def forward(
+        self,
+        context: Tensor,  # tokens of the control state [B, G, D]
+        action: Tensor,  # action vectors [B, action_dim]
+    ) -> tuple[Tensor, Tensor]:  # mean and log-variance of the treated latent, each [B, G, D]
         x = torch.cat([context, self.query.weight.expand(len(context), -1, -1)], 1)   # [B, 2G, D]
         a = self.adapter(action)[:, None]                                             # [B, 1, D]
         for block in self.blocks: x = block(x, a)
@@ -73,27 +82,40 @@ class ActionTokens(nn.Module):
     "Every part of an action as K = S + 2 tokens: S feature sources, mode and time, target gene."
     def __init__(self, width, feature_dims=(), noise=0.5, drop=0.5):
         super().__init__()
-        self.dims, self.noise, self.drop = tuple(feature_dims), noise, drop
+        self.dims = tuple(feature_dims)
+        self.noise = noise
+        self.drop = drop
         self.sources = nn.ModuleList(_linear(d, width) for d in self.dims)
-        self.mode, self.gate = nn.Embedding(len(MODES), width), nn.Embedding(len(MODES), width)
-        self.time, self.target = _linear(1, width), _linear(width, width)
+        self.mode = nn.Embedding(len(MODES), width)
+        self.gate = nn.Embedding(len(MODES), width)
+        self.time = _linear(1, width)
+        self.target = _linear(width, width)
         nn.init.zeros_(self.gate.weight)
 
-    def grow(self):   # a row for each mode that was added since; it scales nothing and says nothing until it is trained
+    # a row for each mode that was added since; it scales nothing and says nothing until it is
+    # trained
+    def grow(self):
         for e in (self.mode, self.gate):
-            e.weight = nn.Parameter(F.pad(e.weight.data, (0, 0, 0, max(len(MODES) - len(e.weight), 0))))
+            e.weight = nn.Parameter(
+                F.pad(e.weight.data, (0, 0, 0, max(len(MODES) - len(e.weight), 0)))
+            )
             e.num_embeddings = len(e.weight)
 
     def blur(self, features, heard, generator):   # [P, A, F], [P, A] -> the same, noisier
         noise, chance = (torch.empty(x.shape, device=generator.device) for x in (features, heard))
-        noise, chance = noise.normal_(generator=generator).to(features), chance.uniform_(generator=generator).to(features)
+        noise = noise.normal_(generator=generator).to(features)
+        chance = chance.uniform_(generator=generator).to(features)
         return features + self.noise * noise, heard & (chance >= self.drop)
 
-    def forward(self, action, gene, generator=None):   # ActionBatch, [P or 1, G, D] -> tokens [P, A, K, D], seen [P, A, K], strength [P, A]
-        features, heard = action.features, action.target >= 0
+    # ActionBatch, [P or 1, G, D] -> tokens [P, A, K, D], seen [P, A, K], strength [P, A]
+    def forward(self, action, gene, generator=None):
+        features = action.features
+        heard = action.target >= 0
         if generator is not None: features, heard = self.blur(features, heard, generator)
         row = torch.arange(len(action.mode), device=gene.device)[:, None] if len(gene) > 1 else 0
-        sources = [f(x) for f, x in zip(self.sources, features.split(self.dims, -1))] if self.dims else []
+        sources = (
+            [f(x) for f, x in zip(self.sources, features.split(self.dims, -1))] if self.dims else []
+        )
         mode = self.mode(action.mode) + self.time(action.time.clamp(min=0).log1p()[..., None])
         target = self.target(gene[row, action.target.clamp(min=0)])
         tokens = torch.stack([*sources, mode, target], 2) * (1 + self.gate(action.mode))[:, :, None]
@@ -108,37 +130,65 @@ class PartAttention(nn.Module):
         self.heads = heads
         self.q, self.q_change, self.k, self.v, self.out = (_linear(width, width) for _ in range(5))
 
-    def forward(self, gene, change, tokens, seen, strength):   # [P or 1, G, D], [P, G, D], [P, A, K, D], [P, A, K], [P, A] -> [P, G, D]
-        split = lambda x: x.unflatten(-1, (self.heads, -1))
-        k, v = split(self.k(tokens).flatten(1, 2)), split(self.v(tokens).flatten(1, 2))                     # [P, A K, H, d]
-        ask = lambda q: torch.einsum('pnhd,hde->pehn', k, q.weight.unflatten(0, (self.heads, -1))).flatten(2)   # [P, D, H A K]
-        score = (gene @ ask(self.q) + change @ ask(self.q_change)) / k.shape[-1] ** .5                      # [P, G, H A K]
-        score = score.unflatten(-1, (self.heads, *seen.shape[1:])).masked_fill(~seen[:, None, None], -torch.inf)
-        share = score.softmax(-1) * strength[:, None, None, :, None]                                        # [P, G, H, A, K]
-        say = torch.einsum('pnhd,ehd->phne', v, split(self.out.weight)).flatten(1, 2)                       # [P, H A K, D]
+    # [P or 1, G, D], [P, G, D], [P, A, K, D], [P, A, K], [P, A] -> [P, G, D]
+    def forward(self, gene, change, tokens, seen, strength):
+        def split(x): return x.unflatten(-1, (self.heads, -1))
+        k = split(self.k(tokens).flatten(1, 2))
+        v = split(self.v(tokens).flatten(1, 2))  # [P, A K, H, d]
+        def ask(q):
+            # [P, D, H A K]
+            return torch.einsum(
+                'pnhd,hde->pehn', k, q.weight.unflatten(0, (self.heads, -1))
+            ).flatten(2)
+        # [P, G, H A K]
+        score = (gene @ ask(self.q) + change @ ask(self.q_change)) / k.shape[-1] ** .5
+        score = score.unflatten(-1, (self.heads, *seen.shape[1:])).masked_fill(
+            ~seen[:, None, None], -torch.inf
+        )
+        # [P, G, H, A, K]
+        share = score.softmax(-1) * strength[:, None, None, :, None]
+        # [P, H A K, D]
+        say = torch.einsum('pnhd,ehd->phne', v, split(self.out.weight)).flatten(1, 2)
         return share.flatten(2) @ say
 
 # %% ../nbs/34_predictor.ipynb #c049
 class Spread(nn.Module):
-    "Linear attention among genes: the wiring comes from the cell, what travels on it is the change."
+    """Linear attention among genes:
+
+    the wiring comes from the cell, what travels on it is the change.
+    """
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (_linear(width, width) for _ in range(4))
 
     def forward(self, gene, change):   # [P or 1, G, D], [P, G, D] -> [P, G, D]
-        q, k = (F.elu(x).unflatten(-1, (self.heads, -1)) + 1 for x in (self.q(gene), self.k(gene)))     # [P or 1, G, H, d]
+        # [P or 1, G, H, d]
+        q, k = (F.elu(x).unflatten(-1, (self.heads, -1)) + 1 for x in (self.q(gene), self.k(gene)))
         q = q / torch.einsum('pghd,phd->pgh', q, k.sum(1)).clamp(min=1e-6)[..., None]
-        memory = (k.flatten(2).transpose(1, 2) @ change).unflatten(1, (self.heads, -1))                 # [P, H, d, D]
-        out = torch.einsum('hvd,ehv->hde', *(w.unflatten(i, (self.heads, -1)) for i, w in enumerate((self.v.weight, self.out.weight))))
-        return q.flatten(2) @ torch.einsum('phkd,hde->phke', memory, out).flatten(1, 2)                 # [P, D, D] after the flatten
+        # [P, H, d, D]
+        memory = (k.flatten(2).transpose(1, 2) @ change).unflatten(1, (self.heads, -1))
+        out = torch.einsum(
+            'hvd,ehv->hde',
+            *(
+                w.unflatten(i, (self.heads, -1))
+                for i, w in enumerate((self.v.weight, self.out.weight))
+            ),
+        )
+        # [P, D, D] after the flatten
+        return q.flatten(2) @ torch.einsum('phkd,hde->phke', memory, out).flatten(1, 2)
 
 # %% ../nbs/34_predictor.ipynb #c053
 class Gate(nn.Module):
-    "An MLP on the change whose hidden units are multiplied by the cell: no change in, no change out."
+    """An MLP on the change whose hidden units are multiplied by the cell:
+
+    no change in, no change out.
+    """
     def __init__(self, width, expand=2):
         super().__init__()
-        self.up, self.cell, self.down = _linear(width, expand * width), nn.Linear(width, expand * width), _linear(expand * width, width)
+        self.up = _linear(width, expand * width)
+        self.cell = nn.Linear(width, expand * width)
+        self.down = _linear(expand * width, width)
 
     def forward(self, cell, change):   # [P or 1, G, D], [P, G, D] -> [P, G, D]
         return self.down(F.gelu(self.up(change)) * self.cell(cell))
@@ -148,7 +198,9 @@ class ChangeBlock(nn.Module):
     "One layer of the change stream: listen to the action, spread among genes, react."
     def __init__(self, width, heads):
         super().__init__()
-        self.listen, self.spread, self.gate = PartAttention(width, heads), Spread(width, heads), Gate(width)
+        self.listen = PartAttention(width, heads)
+        self.spread = Spread(width, heads)
+        self.gate = Gate(width)
 
     def forward(self, gene, cell, change, tokens, seen, strength):
         change = change + self.listen(gene, change, tokens, seen, strength)
@@ -170,52 +222,75 @@ class Predictor(nn.Module):
                  width: int = 64,             # D
                  heads: int = 4,              # H
                  layers: int = 2,             # blocks
-                 feature_dims: tuple = (),    # numbers per feature source, in the order of the table
-                 noise: float = 0.5,          # sd of the noise on features in training; they are whitened to sd 1
+                 # numbers per feature source, in the order of the table
+                 feature_dims: tuple = (),
+                 # sd of the noise on features in training; they are whitened to sd 1
+                 noise: float = 0.5,
                  drop: float = 0.5):          # share of target tokens that go unheard in training
         super().__init__()
-        self.cell, self.gene, self.tokens = nn.LayerNorm(width), nn.LayerNorm(width), ActionTokens(width, feature_dims, noise, drop)
+        self.cell = nn.LayerNorm(width)
+        self.gene = nn.LayerNorm(width)
+        self.tokens = ActionTokens(width, feature_dims, noise, drop)
         self.hit = _linear(width, width)
         self.blocks = nn.ModuleList(ChangeBlock(width, heads) for _ in range(layers))
-        self.mean, self.log_variance = _linear(width, width), _linear(width, width)
+        self.mean = _linear(width, width)
+        self.log_variance = _linear(width, width)
         self.log_variance_cell = nn.Linear(width, width)
         self.readout = nn.Parameter(torch.empty(n_genes, width))
         for w in (self.readout, self.mean.weight): nn.init.normal_(w, std=0.02)
 
-    def stream(self, context, identity, action, generator=None):   # -> the change stream after the last layer [P, G, D]
-        cell, gene = self.cell(context), self.gene(context + identity)
+    # -> the change stream after the last layer [P, G, D]
+    def stream(self, context, identity, action, generator=None):
+        cell = self.cell(context)
+        gene = self.gene(context + identity)
         tokens, seen, strength = self.tokens(action, gene, generator)
-        blow = self.hit(tokens[:, :, -2]) * (strength * (action.target >= 0))[..., None]      # [P, A, D]
+        # [P, A, D]
+        blow = self.hit(tokens[:, :, -2]) * (strength * (action.target >= 0))[..., None]
         row = torch.arange(len(blow), device=blow.device)[:, None].expand_as(action.target)
-        change = blow.new_zeros(len(blow), *gene.shape[1:]).index_put((row, action.target.clamp(min=0)), blow, accumulate=True)
+        change = blow.new_zeros(len(blow), *gene.shape[1:]).index_put(
+            (row, action.target.clamp(min=0)), blow, accumulate=True
+        )
         for block in self.blocks: change = block(gene, cell, change, tokens, seen, strength)
         return change
 
     def forward(self,
-                context: Tensor,      # tokens of the control state [P, G, D], or [1, G, D] shared by all actions
+                # tokens of the control state [P, G, D], or [1, G, D] shared by all actions
+                context: Tensor,
                 identity: Tensor,     # identity of the genes [G, D]
                 action,               # ActionBatch of P actions
-                latent: bool = True,  # also predict the latent change? without it mean and log_variance are None
-                generator: torch.Generator | None = None,  # draws the noise of training; None: no noise
-                genes: Tensor | None = None   # which genes the G tokens are, for the readout; None: all, in order
+                # also predict the latent change? without it mean and log_variance are None
+                latent: bool = True,
+                # draws the noise of training; None: no noise
+                generator: torch.Generator | None = None,
+                # which genes the G tokens are, for the readout; None: all, in order
+                genes: Tensor | None = None
                ) -> Change:
         change = self.stream(context, identity, action, generator)
         readout = self.readout if genes is None else self.readout[genes]
         delta = torch.einsum('pgd,gd->pg', change, readout) / change.shape[-1] ** .5
         if not latent: return Change(None, None, delta)
-        return Change(self.mean(change), self.log_variance_cell(self.cell(context)) + self.log_variance(change), delta)
+        return Change(
+            self.mean(change),
+            self.log_variance_cell(self.cell(context)) + self.log_variance(change),
+            delta,
+        )
 
 # %% ../nbs/34_predictor.ipynb #c083
 def action_vector(
         action,          # ActionBatch of P actions
         width: int = 320 # numbers in the vector
     ) -> Tensor:         # [P, width]
-    "One vector per action, as v0.3 takes it: mean of the features of its parts, zero-padded or randomly projected (fixed seed)."
+    """One vector per action, as v0.3 takes it:
+
+    mean of the features of its parts, zero-padded or randomly projected (fixed seed).
+    """
     mask = action.mask[..., None].to(action.features.dtype)
-    x = (action.features * mask).sum(1) / mask.sum(1).clamp(min=1)                                  # [P, F]
+    # [P, F]
+    x = (action.features * mask).sum(1) / mask.sum(1).clamp(min=1)
     n = x.shape[-1]
     if n <= width: return F.pad(x, (0, width - n))
-    project = torch.randn(n, width, generator=torch.Generator().manual_seed(0)) / width ** .5       # E |x R|^2 = |x|^2
+    # E |x R|^2 = |x|^2
+    project = torch.randn(n, width, generator=torch.Generator().manual_seed(0)) / width ** .5
     return x @ project.to(x)
 
 # %% ../nbs/34_predictor.ipynb #c086
@@ -226,17 +301,28 @@ class MaskedPredictor(nn.Module):
                  heads: int = 4,    # H
                  layers: int = 1):  # blocks of cross-attention and MLP
         super().__init__()
-        self.known, self.query = nn.LayerNorm(width), nn.Linear(width, width)
-        part = lambda: nn.ModuleList([nn.LayerNorm(width), LinearAttention(width, heads), nn.LayerNorm(width), MLP(width)])
+        self.known = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        def part():
+            return nn.ModuleList(
+                [
+                    nn.LayerNorm(width),
+                    LinearAttention(width, heads),
+                    nn.LayerNorm(width),
+                    MLP(width),
+                ]
+            )
         self.blocks = nn.ModuleList(part() for _ in range(layers))
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width)
 
     def forward(self,
                 tokens: Tensor,    # tokens of the visible genes [B, K, D]
                 summary: Tensor,   # summary tokens of the cell [B, S, D]
                 identity: Tensor   # identity of the masked genes [B, M, D]
                ) -> Tensor:        # predicted latents of the masked genes [B, M, D]
-        known, x = self.known(torch.cat([tokens, summary], 1)), self.query(identity)
+        known = self.known(torch.cat([tokens, summary], 1))
+        x = self.query(identity)
         for norm1, cross, norm2, mlp in self.blocks:
             x = x + cross(norm1(x), context=known)
             x = x + mlp(norm2(x))
@@ -252,11 +338,17 @@ def renumber_modes(model: nn.Module, # built with the modes of today
                    state: dict,      # weights of a file, name -> tensor
                    saved             # modes in the order of that file
                   ) -> dict:
-    "The weights with their modes in the order of today; modes that the file does not know get empty rows."
+    """The weights with their modes in the order of today; modes that the file does not know get
+    empty rows."""
     out = dict(state)
     for name, m in model.named_modules():
-        for key in (f'{name}.mode.weight', f'{name}.gate.weight') if isinstance(m, ActionTokens) else ():
+        for key in (
+            (f'{name}.mode.weight', f'{name}.gate.weight') if isinstance(m, ActionTokens) else ()
+        ):
             key = key.removeprefix('.')
             out[key] = torch.zeros(len(MODES), state[key].shape[1])
             out[key][[MODES.index(s) for s in saved]] = state[key].float()
     return out
+
+# %% ../nbs/34_predictor.ipynb #c095
+document(globals())

@@ -9,7 +9,6 @@ __all__ = ['RESIDUES', 'PROTEIN_MODELS', 'ADDRESS', 'WINDOW', 'windows', 'Attent
 
 # %% ../nbs/22_proteins.ipynb #c007
 import gzip, hashlib, os, re, warnings
-from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from argparse import Namespace
 from esm.model.esm2 import ESM2
 from esm.multihead_attention import MultiheadAttention
 from sklearn.cluster import MiniBatchKMeans
 from tqdm.auto import tqdm
 
 # %% ../nbs/22_proteins.ipynb #c008
+from .patching import document
 from .featurizers import MissingFeatures
 
 # %% ../nbs/22_proteins.ipynb #c010
@@ -30,10 +31,13 @@ def windows(
     x: np.ndarray, # residues [L, D]
     k: int = 4, # parts
 ) -> np.ndarray: # [k, D]
-    "Average of each of k equal parts of a chain; where the chain is shorter than k, neighbouring parts share a residue."
+    """Average of each of k equal parts of a chain; where the chain is shorter than k, neighbouring
+    parts share a residue."""
     edge = np.linspace(0, len(x), k + 1)
     low = np.minimum(np.floor(edge[:-1]).astype(int), len(x) - 1)
-    return np.stack([x[a:max(b, a + 1)].mean(0) for a, b in zip(low, np.floor(edge[1:]).astype(int))])
+    return np.stack(
+        [x[a : max(b, a + 1)].mean(0) for a, b in zip(low, np.floor(edge[1:]).astype(int))]
+    )
 
 # %% ../nbs/22_proteins.ipynb #c012
 class AttentionPool:
@@ -44,32 +48,57 @@ class AttentionPool:
         scale: np.ndarray, # [D] their standard deviation
         beta: float = 1.0, # sharpness; 0 is the average of the chain
     ):
-        self.queries, self.centre, self.scale, self.beta = queries, centre, scale, beta
+        self.queries = queries
+        self.centre = centre
+        self.scale = scale
+        self.beta = beta
 
     @classmethod
     def fit(cls, residues, k=8, beta=1.0, seed=0):
         "Queries from a sample of training residues [N, D]: centres of k clusters. No labels."
-        centre, scale = residues.mean(0), residues.std(0) + 1e-6
-        means = MiniBatchKMeans(k, random_state=seed, n_init=3, batch_size=4096).fit((residues - centre) / scale).cluster_centers_
-        return cls(means.astype(np.float32), centre.astype(np.float32), scale.astype(np.float32), beta)
+        centre = residues.mean(0)
+        scale = residues.std(0) + 1e-6
+        means = (
+            MiniBatchKMeans(k, random_state=seed, n_init=3, batch_size=4096)
+            .fit((residues - centre) / scale)
+            .cluster_centers_
+        )
+        return cls(
+            means.astype(np.float32), centre.astype(np.float32), scale.astype(np.float32), beta
+        )
 
     def __call__(self, x):   # residues [L, D] -> [k, D]
-        score = self.beta * ((x - self.centre) / self.scale) @ self.queries.T / np.sqrt(x.shape[1])   # [L, k]
+        # [L, k]
+        score = self.beta * ((x - self.centre) / self.scale) @ self.queries.T / np.sqrt(x.shape[1])
         share = np.exp(score - score.max(0))
         return (share / share.sum(0)).T @ x
 
-    def key(self): return hashlib.sha256(b"".join(np.ascontiguousarray(a, np.float32).tobytes() for a in (self.queries, self.centre, self.scale))).hexdigest()[:16] + f"/{self.beta:g}"
+    def key(self):
+        return (
+            hashlib.sha256(
+                b"".join(
+                    np.ascontiguousarray(a, np.float32).tobytes()
+                    for a in (self.queries, self.centre, self.scale)
+                )
+            ).hexdigest()[:16]
+            + f"/{self.beta:g}"
+        )
 
 # %% ../nbs/22_proteins.ipynb #c020
-class BadSequence(ValueError): "A sequence that cannot be read; the message names the protein, the letter and its place."
+class BadSequence(ValueError):
+    """A sequence that cannot be read; the message names the protein, the letter and its place.
+
+    """
 class UnknownGene(KeyError):
     "A gene of which no sequence is known; the message has the nearest names."
     def __str__(self): return self.args[0]
 
-RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYXBUZO") # the 20, and X any, B D or N, Z E or Q, U selenocysteine, O pyrrolysine
+# the 20, and X any, B D or N, Z E or Q, U selenocysteine, O pyrrolysine
+RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWYXBUZO")
 
 def check_sequence(
-    sequence: str, # amino acids, one letter each; spaces, line ends and a final stop `*` are dropped
+    # amino acids, one letter each; spaces, line ends and a final stop `*` are dropped
+    sequence: str,
     name: str = "sequence", # for the message
 ) -> str: # capital letters
     "The sequence as a protein model reads it. Raises BadSequence."
@@ -77,43 +106,90 @@ def check_sequence(
     if not clean: raise BadSequence(f"{name}: empty sequence")
     wrong = next((i for i, c in enumerate(clean) if c not in RESIDUES), None)
     if wrong is None: return clean
-    hint = "; digits do not belong in a chain" if clean[wrong].isdigit() else "; gaps of an alignment must go" if clean[wrong] in "-." else "; a stop inside the chain" if clean[wrong] == "*" else ""
-    raise BadSequence(f"{name}: letter {clean[wrong]!r} at position {wrong + 1} of {len(clean)} is no amino acid{hint}")
+    hint = (
+        "; digits do not belong in a chain"
+        if clean[wrong].isdigit()
+        else "; gaps of an alignment must go"
+        if clean[wrong] in "-."
+        else "; a stop inside the chain"
+        if clean[wrong] == "*"
+        else ""
+    )
+    raise BadSequence(
+        f"{name}: letter {clean[wrong]!r} at position {wrong + 1} of {len(clean)} "
+        f"is no amino acid{hint}"
+    )
 
 # %% ../nbs/22_proteins.ipynb #c023
 def read_fasta(
     path, # .fasta, .fa, plain or .gz
 ) -> dict: # identifier (the first word of the header) -> sequence
-    "Sequences of a FASTA file. Of a UniProt header `sp|P04637|P53_HUMAN` the middle is the identifier. Raises BadSequence."
-    path, out, key = Path(path), {}, None
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines:
+    """Sequences of a FASTA file.
+
+    Of a UniProt header `sp|P04637|P53_HUMAN` the middle is the identifier. Raises BadSequence.
+    """
+    path = Path(path)
+    out = {}
+    key = None
+    with (gzip.open if path.suffix == ".gz" else open)(
+        path, "rt", encoding="utf-8", errors="replace"
+    ) as lines:
         for i, line in enumerate(lines, 1):
             if line.startswith(">"):
                 word = (line[1:].split() or [""])[0]
                 key = word.split("|")[1] if word.count("|") >= 2 else word
-                if not key or key in out: raise BadSequence(f"{path.name}, line {i}: {'no identifier' if not key else f'{key!r} stands twice'}")
+                if not key or key in out:
+                    raise BadSequence(
+                        f"{path.name}, line {i}: "
+                        f"{'no identifier' if not key else f'{key!r} stands twice'}"
+                    )
                 out[key] = []
             elif line.strip():
-                if key is None: raise BadSequence(f"{path.name}, line {i}: a FASTA file begins with '>'")
+                if key is None:
+                    raise BadSequence(f"{path.name}, line {i}: a FASTA file begins with '>'")
                 out[key].append(line.strip())
     if not out: raise BadSequence(f"{path.name}: no sequence")
     return {k: check_sequence("".join(v), k) for k, v in out.items()}
 
 # %% ../nbs/22_proteins.ipynb #c024
 def _gene_names(path):
-    "Identifier -> gene symbol, where headers hold one: `GN=TP53` (UniProt), `gene_symbol:TP53` (Ensembl)."
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="replace") as lines: headers = [l[1:] for l in lines if l.startswith(">")]
-    found = {h.split()[0]: re.search(r"\b(?:GN=|gene_symbol:)([^\s|]+)", h) for h in headers if h.strip()}
+    """Identifier -> gene symbol, where headers hold one:
+
+    `GN=TP53` (UniProt), `gene_symbol:TP53` (Ensembl).
+    """
+    with (gzip.open if path.suffix == ".gz" else open)(
+        path, "rt", encoding="utf-8", errors="replace"
+    ) as lines:
+        headers = [l[1:] for l in lines if l.startswith(">")]
+    found = {
+        h.split()[0]: re.search(r"\b(?:GN=|gene_symbol:)([^\s|]+)", h) for h in headers if h.strip()
+    }
     return {k.split("|")[1] if k.count("|") >= 2 else k: m.group(1) for k, m in found.items() if m}
 
 def read_proteins(
-    folder, # a FASTA file; or a folder with one, and with `symbol_to_protein.csv` (columns symbol, protein_id)
+    # a FASTA file; or a folder with one, and with `symbol_to_protein.csv` (columns symbol,
+    # protein_id)
+    folder,
 ) -> dict: # gene symbol -> sequence
-    "The protein of each gene symbol: by the table, else by gene names in the headers (the longest chain of each gene), else identifiers are taken for symbols."
+    """The protein of each gene symbol:
+
+    by the table, else by gene names in the headers (the longest chain of each gene), else
+    identifiers are taken for symbols.
+    """
     folder = Path(folder)
-    fasta = [folder] if folder.is_file() else sorted(f for f in folder.iterdir() if re.search(r"\.(fasta|fa)(\.gz)?$", f.name)) if folder.is_dir() else []
-    if len(fasta) != 1: raise BadSequence(f"{folder.name}: one .fasta or .fa file is needed, there are {len(fasta)}")
-    sequences, table = read_fasta(fasta[0]), folder / "symbol_to_protein.csv"
+    fasta = (
+        [folder]
+        if folder.is_file()
+        else sorted(f for f in folder.iterdir() if re.search(r"\.(fasta|fa)(\.gz)?$", f.name))
+        if folder.is_dir()
+        else []
+    )
+    if len(fasta) != 1:
+        raise BadSequence(
+            f"{folder.name}: one .fasta or .fa file is needed, there are {len(fasta)}"
+        )
+    sequences = read_fasta(fasta[0])
+    table = folder / "symbol_to_protein.csv"
     if not table.exists():
         names = _gene_names(fasta[0])
         if not names: return sequences
@@ -126,60 +202,120 @@ def sequence_of(
     what: str, # a gene symbol, or amino acids (ten or more letters)
     proteins: dict, # symbol -> sequence
 ) -> str:
-    "The sequence that is meant. Raises UnknownGene with the nearest names, BadSequence for strange letters in a long text."
+    """The sequence that is meant.
+
+    Raises UnknownGene with the nearest names, BadSequence for strange letters in a long text.
+    """
     import difflib
     if what in proteins: return proteins[what]
     text = re.sub(r"\s", "", what)
-    if len(text) >= 20 or (len(text) >= 10 and not re.search(r"[\d\-._]", text)): return check_sequence(what, repr(text[:12] + "..."))
+    if len(text) >= 20 or (len(text) >= 10 and not re.search(r"[\d\-._]", text)):
+        return check_sequence(what, repr(text[:12] + "..."))
     near = difflib.get_close_matches(what.upper(), proteins, 3, 0.6)
-    raise UnknownGene(f"no protein of {what!r} is known" + (f"; near names: {', '.join(near)}" if near else "") + "; a sequence may be given in its place")
+    raise UnknownGene(
+        f"no protein of {what!r} is known"
+        + (f"; near names: {', '.join(near)}" if near else "")
+        + "; a sequence may be given in its place"
+    )
 
 # %% ../nbs/22_proteins.ipynb #c032
-PROTEIN_MODELS = ("esm2_t6_8M_UR50D", "esm2_t12_35M_UR50D", "esm2_t30_150M_UR50D", "esm2_t33_650M_UR50D", "esm2_t36_3B_UR50D", "esm2_t48_15B_UR50D")
+PROTEIN_MODELS = (
+    "esm2_t6_8M_UR50D",
+    "esm2_t12_35M_UR50D",
+    "esm2_t30_150M_UR50D",
+    "esm2_t33_650M_UR50D",
+    "esm2_t36_3B_UR50D",
+    "esm2_t48_15B_UR50D",
+)
 ADDRESS = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
-class BadCheckpoint(ValueError): "A file that is no ESM-2 checkpoint; the message says what is missing."
+class BadCheckpoint(ValueError):
+    """A file that is no ESM-2 checkpoint; the message says what is missing.
+
+    """
 
 def _read_checkpoint(model):
     "What a file or a name holds, and the name."
     with torch.serialization.safe_globals([Namespace]):
         if str(model) in PROTEIN_MODELS:
-            try: return torch.hub.load_state_dict_from_url(ADDRESS.format(model), map_location="cpu", weights_only=True)
-            except OSError as e: raise OSError(f"{model} could not be downloaded ({e}); fetch {ADDRESS.format(model)} elsewhere and give the path of the file") from e
-        if not Path(model).is_file(): raise FileNotFoundError(f"{str(model)!r} is neither a file nor one of {', '.join(PROTEIN_MODELS)}")
-        try: return torch.load(model, map_location="cpu", weights_only=True)
-        except Exception as e: raise BadCheckpoint(f"{Path(model).name}: cannot be read as plain weights ({type(e).__name__})") from e
+            try:
+                return torch.hub.load_state_dict_from_url(
+                    ADDRESS.format(model), map_location="cpu", weights_only=True
+                )
+            except OSError as e:
+                raise OSError(
+                    f"{model} could not be downloaded ({e}); fetch "
+                    f"{ADDRESS.format(model)} elsewhere and give the path of the file"
+                ) from e
+        if not Path(model).is_file():
+            raise FileNotFoundError(
+                f"{str(model)!r} is neither a file nor one of {', '.join(PROTEIN_MODELS)}"
+            )
+        try:
+            return torch.load(model, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise BadCheckpoint(
+                f"{Path(model).name}: cannot be read as plain weights ({type(e).__name__})"
+            ) from e
 
 # %% ../nbs/22_proteins.ipynb #c034
 class _Attention(MultiheadAttention):
     "The attention of fair-esm by torch's own, unless its table is asked for."
-    def forward(self, query, key=None, value=None, key_padding_mask=None, need_head_weights=False, **more):
-        if need_head_weights or more.get("attn_mask") is not None: return super().forward(query, key, value, key_padding_mask, need_head_weights=need_head_weights, **more)
+    def forward(
+        self, query, key=None, value=None, key_padding_mask=None, need_head_weights=False, **more
+    ):
+        if need_head_weights or more.get("attn_mask") is not None:
+            return super().forward(
+                query, key, value, key_padding_mask, need_head_weights=need_head_weights, **more
+            )
         (L, B, D), H = query.shape, self.num_heads
-        q, k, v = (f(query).view(L, B * H, -1).transpose(0, 1) for f in (self.q_proj, self.k_proj, self.v_proj)) # [B * H, L, D / H]
+        # [B * H, L, D / H]
+        q, k, v = (
+            f(query).view(L, B * H, -1).transpose(0, 1)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k, v = (x.view(B, H, L, -1) for x in (*self.rot_emb(q, k), v))
-        real = None if key_padding_mask is None else ~key_padding_mask[:, None, None]                            # [B, 1, 1, L]
-        x = F.scaled_dot_product_attention(q, k, v, real)                                                        # [B, H, L, D / H]
+        # [B, 1, 1, L]
+        real = None if key_padding_mask is None else ~key_padding_mask[:, None, None]
+        # [B, H, L, D / H]
+        x = F.scaled_dot_product_attention(q, k, v, real)
         return self.out_proj(x.permute(2, 0, 1, 3).reshape(L, B, D)), None
 
 # %% ../nbs/22_proteins.ipynb #c035
 def load_esm2(
-    model="esm2_t6_8M_UR50D", # one of PROTEIN_MODELS, downloaded once by torch.hub; or the path of a checkpoint in fair-esm's format
+    # one of PROTEIN_MODELS, downloaded once by torch.hub; or the path of a checkpoint in fair-esm's
+    # format
+    model="esm2_t6_8M_UR50D",
     device: str = "cpu",
 ) -> ESM2: # in evaluation mode; `.fingerprint` names its weights
     "An ESM-2 whose size is read from its checkpoint."
     data = _read_checkpoint(model)
-    try: cfg, weights = data["cfg"]["model"], data["model"]
-    except (KeyError, TypeError): raise BadCheckpoint(f"{Path(model).name}: no `cfg` and `model` inside; is it in fair-esm's format?") from None
+    try:
+        cfg, weights = data["cfg"]["model"], data["model"]
+    except (KeyError, TypeError):
+        raise BadCheckpoint(
+            f"{Path(model).name}: no `cfg` and `model` inside; is it in fair-esm's format?"
+        ) from None
     cfg = cfg if isinstance(cfg, dict) else vars(cfg)
-    net = ESM2(cfg["encoder_layers"], cfg["encoder_embed_dim"], cfg["encoder_attention_heads"], "ESM-1b", cfg.get("token_dropout", True))
+    net = ESM2(
+        cfg["encoder_layers"],
+        cfg["encoder_embed_dim"],
+        cfg["encoder_attention_heads"],
+        "ESM-1b",
+        cfg.get("token_dropout", True),
+    )
     weights = {re.sub(r"^encoder\.(sentence_encoder\.)?", "", k): v for k, v in weights.items()}
     missing, extra = net.load_state_dict(weights, strict=False)
     wrong = [k for k in missing if not k.startswith("contact_head.")] + list(extra)
-    if wrong: raise BadCheckpoint(f"{Path(model).name}: {len(wrong)} weights are missing or do not belong, first {wrong[0]!r}")
+    if wrong:
+        raise BadCheckpoint(
+            f"{Path(model).name}: {len(wrong)} weights are missing or do not belong, "
+            f"first {wrong[0]!r}"
+        )
     digest = hashlib.sha256()
     for k, v in sorted(net.state_dict().items()):
-        if not k.startswith(("contact_head.", "lm_head.")): digest.update(k.encode() + v.contiguous().view(torch.uint8).numpy().tobytes())
+        if not k.startswith(("contact_head.", "lm_head.")):
+            digest.update(k.encode() + v.contiguous().view(torch.uint8).numpy().tobytes())
     net.fingerprint = digest.hexdigest()[:16]
     for layer in net.layers: layer.self_attn.__class__ = _Attention
     return net.eval().requires_grad_(False).to(device)
@@ -189,9 +325,24 @@ def _tiny_checkpoint(path, layers=2, width=40, seed=0):
     "Random weights in the published form, for examples and tests."
     torch.manual_seed(seed)
     net = ESM2(layers, width, 20)
-    cfg = Namespace(encoder_layers=layers, encoder_embed_dim=width, encoder_attention_heads=20, token_dropout=True)
-    prefix = lambda k: k if k.startswith("lm_head.") else "sentence_encoder." + k
-    torch.save(dict(cfg=dict(model=cfg), model={"encoder." + prefix(k): v for k, v in net.state_dict().items() if not k.startswith("contact_head.")}), path)
+    cfg = Namespace(
+        encoder_layers=layers,
+        encoder_embed_dim=width,
+        encoder_attention_heads=20,
+        token_dropout=True,
+    )
+    def prefix(k): return k if k.startswith("lm_head.") else "sentence_encoder." + k
+    torch.save(
+        dict(
+            cfg=dict(model=cfg),
+            model={
+                "encoder." + prefix(k): v
+                for k, v in net.state_dict().items()
+                if not k.startswith("contact_head.")
+            },
+        ),
+        path,
+    )
     return net
 
 # %% ../nbs/22_proteins.ipynb #c042
@@ -199,7 +350,10 @@ WINDOW = 1022 # residues; with its two end marks that is the longest chain ESM-2
 
 def _jobs(sequences, window, batch):
     "Batches of (name, start, part of the sequence)."
-    jobs = sorted(((n, a, s[a:a + window]) for n, s in sequences.items() for a in range(0, len(s), window)), key=lambda j: len(j[2]))
+    jobs = sorted(
+        ((n, a, s[a : a + window]) for n, s in sequences.items() for a in range(0, len(s), window)),
+        key=lambda j: len(j[2]),
+    )
     while jobs:
         k = 1
         while k < len(jobs) and (k + 1) * (len(jobs[k][2]) + 2) <= batch: k += 1
@@ -214,16 +368,20 @@ def residues(
     bar=None, # a progress bar, moved on by residues
 ): # yields name, vectors of the last layer float32 [L, D], as chains are complete
     "The vector of every residue."
-    tokens, device = model.alphabet.get_batch_converter(), next(model.parameters()).device
+    tokens = model.alphabet.get_batch_converter()
+    device = next(model.parameters()).device
     parts = {}
     for jobs in _jobs(sequences, window, batch):
         with torch.inference_mode():
-            x = model(tokens([(n, s) for n, _, s in jobs])[2].to(device), repr_layers=[model.num_layers])["representations"][model.num_layers]
+            x = model(
+                tokens([(n, s) for n, _, s in jobs])[2].to(device), repr_layers=[model.num_layers]
+            )["representations"][model.num_layers]
         for (n, a, s), row in zip(jobs, x.float().cpu().numpy()):
             mine = parts.setdefault(n, {})
             mine[a] = row[1:len(s) + 1].copy()
             if bar is not None: bar.update(len(s))
-            if sum(map(len, mine.values())) == len(sequences[n]): yield n, np.concatenate([v for _, v in sorted(parts.pop(n).items())])
+            if sum(map(len, mine.values())) == len(sequences[n]):
+                yield n, np.concatenate([v for _, v in sorted(parts.pop(n).items())])
 
 # %% ../nbs/22_proteins.ipynb #c046
 def cache_folder(kind: str) -> Path: # kind: 'proteins', 'molecules', ...
@@ -237,9 +395,13 @@ def cached(
     folder=None, # Path; None: nothing is kept
 ) -> dict: # name -> array
     "Arrays by content: equal texts are computed once, and never again while the folder lives."
-    keys = {n: hashlib.sha256(f"{recipe}\n{text}".encode()).hexdigest() for n, text in items.items()}
-    place = lambda k: Path(folder) / k[:2] / f"{k}.npy"
-    done = {k: np.load(place(k)) for k in set(keys.values()) if folder is not None and place(k).exists()}
+    keys = {
+        n: hashlib.sha256(f"{recipe}\n{text}".encode()).hexdigest() for n, text in items.items()
+    }
+    def place(k): return Path(folder) / k[:2] / f"{k}.npy"
+    done = {
+        k: np.load(place(k)) for k in set(keys.values()) if folder is not None and place(k).exists()
+    }
     todo = {k: items[n] for n, k in keys.items() if k not in done}
     for k, value in compute(todo) if todo else ():
         done[k] = value
@@ -270,12 +432,21 @@ def embed_proteins(
 ) -> dict: # name -> [k, D]
     "Vectors of each protein, from disk where they were computed before. Raises BadSequence."
     sequences = {n: check_sequence(s, n) for n, s in sequences.items()}
-    way, recipe = (pool, pool.key()) if isinstance(pool, AttentionPool) else (lambda x: windows(x, pool), f"windows {pool}")
+    way, recipe = (
+        (pool, pool.key())
+        if isinstance(pool, AttentionPool)
+        else (lambda x: windows(x, pool), f"windows {pool}")
+    )
     recipe = f"{model.fingerprint} {kwargs.get('window', WINDOW)} {recipe}"
     def compute(todo):
-        with tqdm(total=sum(map(len, todo.values())), unit=" residues", disable=not progress, leave=False) as bar:
+        with tqdm(
+            total=sum(map(len, todo.values())), unit=" residues", disable=not progress, leave=False
+        ) as bar:
             for n, x in residues(todo, model, bar=bar, **kwargs): yield n, way(x).astype(np.float32)
-    with torch_threads(threads): return cached(sequences, recipe, compute, cache_folder("proteins") if cache is True else cache)
+    with torch_threads(threads):
+        return cached(
+            sequences, recipe, compute, cache_folder("proteins") if cache is True else cache
+        )
 
 # %% ../nbs/22_proteins.ipynb #c051
 def protein_features(
@@ -287,11 +458,28 @@ def protein_features(
     **kwargs, # of `embed_proteins`
 ) -> dict: # source -> DataFrame, for `FeatureTable`
     "Protein vectors by source. Warns, by name, of genes without a protein."
-    found, lost = {}, []
+    found = {}
+    lost = []
     for n in dict.fromkeys(names):
         try: found[n] = sequence_of(n, proteins)
         except UnknownGene: lost.append(n)
-    if lost: warnings.warn(f"no protein of {', '.join(lost[:8])}{f' and {len(lost) - 8} more' if len(lost) > 8 else ''}: left out", MissingFeatures, stacklevel=2)
-    if not found: raise UnknownGene(f"none of the {len(lost)} names has a protein; do the symbols match?")
+    if lost:
+        warnings.warn(
+            (
+                "no protein of "
+                f"{', '.join(lost[:8])}{f' and {len(lost) - 8} more' if len(lost) > 8 else ''}: "
+                "left out"
+            ),
+            MissingFeatures,
+            stacklevel=2,
+        )
+    if not found:
+        raise UnknownGene(f"none of the {len(lost)} names has a protein; do the symbols match?")
     x = np.stack(list(embed_proteins(found, model, pool, **kwargs).values()))          # [n, k, D]
-    return {source if x.shape[1] == 1 else f"{source} {k + 1}": pd.DataFrame(x[:, k], index=list(found)) for k in range(x.shape[1])}
+    return {
+        source if x.shape[1] == 1 else f"{source} {k + 1}": pd.DataFrame(x[:, k], index=list(found))
+        for k in range(x.shape[1])
+    }
+
+# %% ../nbs/22_proteins.ipynb #c056
+document(globals())

@@ -9,27 +9,39 @@ __all__ = ['random_mask', 'Teacher', 'momentum_schedule']
 import math
 from copy import deepcopy
 
-# %% ../nbs/32_teacher.ipynb #c004
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# %% ../nbs/32_teacher.ipynb #c004
+from .patching import document
+
 # %% ../nbs/32_teacher.ipynb #c011
-def random_mask(batch: int,                               # B
-                n_genes: int,                             # G
-                fraction: float,                          # share of genes to hide, between 0 and 1
-                generator: torch.Generator | None = None  # makes the draw repeatable; on the CPU
-               ) -> tuple[Tensor, Tensor]:                # indices, ascending: visible [B, G - Km], masked [B, Km]
-    "Hide a random share of genes, the same number in each cell. Raises ValueError when none is hidden or none is left."
+def random_mask(
+    batch: int,  # B
+    n_genes: int,  # G
+    fraction: float,  # share of genes to hide, between 0 and 1
+    generator: torch.Generator | None = None,  # makes the draw repeatable; on the CPU
+) -> tuple[Tensor, Tensor]:  # indices, ascending: visible [B, G - Km], masked [B, Km]
+    """Hide a random share of genes, the same number in each cell.
+
+    Raises ValueError when none is hidden or none is left.
+    """
     n = round(fraction * n_genes)
     if not 0 < n < n_genes:
-        raise ValueError(f'fraction {fraction} of {n_genes} genes hides {n}: hide at least one and leave at least one')
+        raise ValueError(
+            f'fraction {fraction} of {n_genes} genes hides {n}: hide at least one '
+            'and leave at least one'
+        )
     order = torch.rand(batch, n_genes, generator=generator).argsort(1)
     return order[:, n:].sort(1).values, order[:, :n].sort(1).values
 
 # %% ../nbs/32_teacher.ipynb #c025
 class Teacher(nn.Module):
-    "A slow copy of an encoder: no gradient reaches it, and it answers with layer-normalised tokens."
+    """A slow copy of an encoder:
+
+    no gradient reaches it, and it answers with layer-normalised tokens.
+    """
     def __init__(self,
                  student: nn.Module,        # the encoder to follow
                  momentum: float = 0.996):  # share of itself that the teacher keeps at each update
@@ -37,7 +49,8 @@ class Teacher(nn.Module):
         self.momentum = momentum
         self.encoder = deepcopy(student).requires_grad_(False).eval()
 
-    def train(self, mode: bool = True): return super().train(False)                 # a teacher is never in training mode
+    def train(self, mode: bool = True):
+        return super().train(False)                 # a teacher is never in training mode
 
     @torch.no_grad()
     def forward(self,
@@ -51,10 +64,12 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self,
                student: nn.Module,              # the encoder to follow
-               momentum: float | None = None):  # in place of the teacher's own; 0 copies the student
+               # in place of the teacher's own; 0 copies the student
+               momentum: float | None = None):
         "One step towards the student. Buffers, such as the control's mean, are copied."
         m = self.momentum if momentum is None else momentum
-        for t, s in zip(self.encoder.parameters(), student.parameters(), strict=True): t.lerp_(s.detach(), 1 - m)
+        for t, s in zip(self.encoder.parameters(), student.parameters(), strict=True):
+            t.lerp_(s.detach(), 1 - m)
         for t, s in zip(self.encoder.buffers(), student.buffers(), strict=True): t.copy_(s)
 
 # %% ../nbs/32_teacher.ipynb #c036
@@ -65,3 +80,6 @@ def momentum_schedule(step: int,            # from 0
                      ) -> float:
     "Cosine from start to end (Grill et al. 2020, BYOL, section 3.2)."
     return end - (end - start) * (math.cos(math.pi * min(step / max(total - 1, 1), 1)) + 1) / 2
+
+# %% ../nbs/32_teacher.ipynb #c058
+document(globals())

@@ -11,13 +11,26 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from biojepa.cells import MODES
-from biojepa.featurizers import BadFeatures, FeatureTable, MissingFeatures, as_table, encode_actions, whitening
+from biojepa.featurizers import (
+    BadFeatures,
+    FeatureTable,
+    MissingFeatures,
+    as_table,
+    encode_actions,
+    whitening,
+)
 from biojepa.perturbations import Action, BadAction, Part, actions_of
 
 few = settings(max_examples=40, deadline=None)
 GENES = [f"GENE{i}" for i in range(12)]
 names = st.sampled_from(GENES)
-one_part = st.builds(Part, names, st.sampled_from(MODES[1:]), st.floats(0, 100), st.just(math.nan) | st.floats(0, 100))
+one_part = st.builds(
+    Part,
+    names,
+    st.sampled_from(MODES[1:]),
+    st.floats(0, 100),
+    st.just(math.nan) | st.floats(0, 100),
+)
 part_lists = st.lists(one_part, max_size=4, unique_by=lambda p: p.target)
 
 
@@ -25,7 +38,8 @@ def frame(rows, columns=5, seed=0):
     return pd.DataFrame(np.random.default_rng(seed).normal(size=(len(rows), columns)), index=rows)
 
 
-def equal(a, b): return all(torch.equal(x, y) for x, y in zip(a.__dict__.values(), b.__dict__.values()))
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.__dict__.values(), b.__dict__.values()))
 
 
 def refused(f, error=BadFeatures):
@@ -39,7 +53,8 @@ def refused(f, error=BadFeatures):
 @given(part_lists, st.randoms())
 def test_order_of_parts_is_forgotten(parts, random):
     mixed = random.sample(parts, len(parts))
-    a, b = Action(tuple(parts)), Action(tuple(mixed))
+    a = Action(tuple(parts))
+    b = Action(tuple(mixed))
     assert a == b and hash(a) == hash(b) and a.name == b.name and str(a) == str(b)
 
 
@@ -47,14 +62,19 @@ def test_order_of_parts_is_forgotten(parts, random):
 @given(part_lists)
 def test_an_action_is_the_sum_of_its_singles(parts):
     action = Action(tuple(parts))
-    assert sum(action.singles, Action()) == action and action + Action() == action and len(action) == len(parts)
+    assert (
+        sum(action.singles, Action()) == action
+        and action + Action() == action
+        and len(action) == len(parts)
+    )
 
 
 @few
 @given(part_lists)
 def test_copies_are_equal(parts):
     action = Action(tuple(parts))
-    for other in (pickle.loads(pickle.dumps(action)), copy.deepcopy(action)): assert other == action and hash(other) == hash(action)
+    for other in (pickle.loads(pickle.dumps(action)), copy.deepcopy(action)):
+        assert other == action and hash(other) == hash(action)
 
 
 @few
@@ -63,9 +83,21 @@ def test_parts_are_ordered_totally(a, b): assert (a < b) + (b < a) + (a == b) ==
 
 
 @few
-@given(st.lists(names, min_size=1, max_size=4, unique=True), st.sampled_from(MODES[1:]), st.floats(0, 10), st.floats(0, 99))
+@given(
+    st.lists(names, min_size=1, max_size=4, unique=True),
+    st.sampled_from(MODES[1:]),
+    st.floats(0, 10),
+    st.floats(0, 99),
+)
 def test_a_table_gives_the_action_that_was_written(targets, mode, dose, time):
-    row = pd.DataFrame(dict(perturbation=["+".join(targets), "control"], mode=[mode, "control"], dose=[dose, 0], time=[time, math.nan]))
+    row = pd.DataFrame(
+        dict(
+            perturbation=["+".join(targets), "control"],
+            mode=[mode, "control"],
+            dose=[dose, 0],
+            time=[time, math.nan],
+        )
+    )
     assert actions_of(row) == [Action.parse("+".join(sorted(targets)), mode, dose, time), Action()]
 
 
@@ -73,8 +105,19 @@ def test_a_table_gives_the_action_that_was_written(targets, mode, dose, time):
 def test_labels_that_mean_nothing(label): refused(lambda: Action.parse(label), BadAction)
 
 
-@pytest.mark.parametrize("bad", [dict(mode="control"), dict(mode="crispri"), dict(dose=-1), dict(dose=math.inf), dict(time=-1), dict(time=math.inf)])
-def test_parts_that_cannot_be(bad): assert "'A'" in refused(lambda: Part("A", **bad), BadAction)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(mode="control"),
+        dict(mode="crispri"),
+        dict(dose=-1),
+        dict(dose=math.inf),
+        dict(time=-1),
+        dict(time=math.inf),
+    ],
+)
+def test_parts_that_cannot_be(bad):
+    assert "'A'" in refused(lambda: Part("A", **bad), BadAction)
 
 
 def test_lists_must_fit_the_label():
@@ -84,7 +127,9 @@ def test_lists_must_fit_the_label():
 # tables
 
 @few
-@given(st.integers(0, 1000), st.integers(3, 16), st.integers(1, 384), st.sampled_from([0.0, 1.0, 10.0]))
+@given(
+    st.integers(0, 1000), st.integers(3, 16), st.integers(1, 384), st.sampled_from([0.0, 1.0, 10.0])
+)
 def test_whitening_is_finite_small_and_centred(seed, n, d, shrink):
     x = np.random.default_rng(seed).normal(size=(n, d)) + 100
     centre, to_white = whitening(x, shrink=shrink)
@@ -104,7 +149,8 @@ def test_whitening_forgets_shift_and_unit(seed):
 @few
 @given(st.sets(names, min_size=3, max_size=11), st.integers(0, 1000))
 def test_what_is_held_out_cannot_leak(train, seed):
-    given_, other = frame(GENES), frame(GENES)
+    given_ = frame(GENES)
+    other = frame(GENES)
     held_out = [g for g in GENES if g not in train]
     other.loc[held_out] = 100 * np.random.default_rng(seed).normal(size=(len(held_out), 5))
     a, b = (FeatureTable.from_frame(f).fit(sorted(train)) for f in (given_, other))
@@ -117,7 +163,8 @@ def test_what_is_held_out_cannot_leak(train, seed):
 def test_a_gap_changes_nothing_else(knows, targets):
     full = FeatureTable({"a": frame(GENES), "b": frame(GENES, 3, 1)})
     gap = FeatureTable({"a": frame(GENES), "b": frame(GENES, 3, 1).loc[sorted(knows)]})
-    (x, present), (y, seen) = full.transform(targets), gap.transform(targets)
+    (x, present) = full.transform(targets)
+    (y, seen) = gap.transform(targets)
     np.testing.assert_array_equal(x[:, :5], y[:, :5])
     np.testing.assert_array_equal(seen[:, 1], [t in knows for t in targets])
     np.testing.assert_array_equal(y[:, 5:], np.where(seen[:, 1:], x[:, 5:], 0))
@@ -125,14 +172,18 @@ def test_a_gap_changes_nothing_else(knows, targets):
 
 
 def test_order_of_sources_orders_columns_only():
-    a, b = {"a": frame(GENES)}, {"b": frame(GENES[:7], 3, 1)}
+    a = {"a": frame(GENES)}
+    b = {"b": frame(GENES[:7], 3, 1)}
     x, y = (FeatureTable(s).fit(GENES[:6]).transform(GENES)[0] for s in (a | b, b | a))
     np.testing.assert_array_equal(x, np.hstack([y[:, 3:], y[:, :3]]))
 
 
 def test_order_of_training_names_does_not_matter():
     table = FeatureTable.from_frame(frame(GENES))
-    x, y = (table.fit(names).transform(GENES)[0] for names in (["GENE3+GENE1", "GENE5", "control"], ["GENE5", "GENE1", "GENE3"]))
+    x, y = (
+        table.fit(names).transform(GENES)[0]
+        for names in (["GENE3+GENE1", "GENE5", "control"], ["GENE5", "GENE1", "GENE3"])
+    )
     np.testing.assert_array_equal(x, y)
 
 
@@ -142,16 +193,34 @@ def test_state_survives_a_file(tmp_path, fitted):
     if fitted: table = table.fit(GENES[:6])
     np.savez(tmp_path / "t.npz", **table.state())
     with np.load(tmp_path / "t.npz", allow_pickle=False) as z: back = FeatureTable.from_state(z)
-    assert back.fitted_on == table.fitted_on and back.dims == table.dims and repr(back) == repr(table)
-    for x, y in zip(back.transform(GENES), table.transform(GENES)): np.testing.assert_array_equal(x, y)
-    if fitted: np.testing.assert_array_equal(back.extend({"a": frame(["X"])}).transform(["X"])[0], table.extend({"a": frame(["X"])}).transform(["X"])[0])
+    assert (
+        back.fitted_on == table.fitted_on and back.dims == table.dims and repr(back) == repr(table)
+    )
+    for x, y in zip(back.transform(GENES), table.transform(GENES)):
+        np.testing.assert_array_equal(x, y)
+    if fitted:
+        np.testing.assert_array_equal(
+            back.extend({"a": frame(["X"])}).transform(["X"])[0],
+            table.extend({"a": frame(["X"])}).transform(["X"])[0],
+        )
 
 
-@pytest.mark.parametrize("break_it, said", [
-    (lambda f: f.iloc[[0, 1, 0]], "'GENE0' stands twice"), (lambda f: f.iloc[:0], "empty"), (lambda f: f.iloc[:, :0], "empty"),
-    (lambda f: f.assign(x="text"), "column 'x' is not numeric"), (lambda f: f.assign(x=np.nan), "symbol 'GENE0', column 'x' is nan"),
-    (lambda f: f.assign(x=np.inf), "column 'x' is inf"), (lambda f: f.to_numpy(), "DataFrame is needed"),
-    (lambda f: f.assign(x=pd.array([1, None] + [1] * 10, "Int64")), "symbol 'GENE1', column 'x' is nan")])
+@pytest.mark.parametrize(
+    "break_it, said",
+    [
+        (lambda f: f.iloc[[0, 1, 0]], "'GENE0' stands twice"),
+        (lambda f: f.iloc[:0], "empty"),
+        (lambda f: f.iloc[:, :0], "empty"),
+        (lambda f: f.assign(x="text"), "column 'x' is not numeric"),
+        (lambda f: f.assign(x=np.nan), "symbol 'GENE0', column 'x' is nan"),
+        (lambda f: f.assign(x=np.inf), "column 'x' is inf"),
+        (lambda f: f.to_numpy(), "DataFrame is needed"),
+        (
+            lambda f: f.assign(x=pd.array([1, None] + [1] * 10, "Int64")),
+            "symbol 'GENE1', column 'x' is nan",
+        ),
+    ],
+)
 def test_bad_tables_are_named(break_it, said):
     message = refused(lambda: FeatureTable({"go": break_it(frame(GENES))}))
     assert "'go'" in message and said in message
@@ -168,7 +237,9 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_constant_features_are_refused():
-    assert "same features" in refused(lambda: as_table(pd.DataFrame(np.ones((5, 3)), index=list("ABCDE"))).fit("ABCDE"))
+    assert "same features" in refused(
+        lambda: as_table(pd.DataFrame(np.ones((5, 3)), index=list("ABCDE"))).fit("ABCDE")
+    )
 
 
 def test_numbers_as_symbols_and_one_column():
@@ -187,8 +258,10 @@ batches = st.lists(part_lists.map(lambda p: Action(tuple(p))), min_size=1, max_s
 def test_each_action_is_encoded_as_if_alone(actions):
     batch = encode_actions(actions, GENES[:6], TABLE)
     for i, action in enumerate(actions):
-        alone, n = encode_actions([action], GENES[:6], TABLE), len(action)
-        for x, y in zip(alone.__dict__.values(), batch[i].__dict__.values()): assert torch.equal(x[:, :n], y[:, :n])
+        alone = encode_actions([action], GENES[:6], TABLE)
+        n = len(action)
+        for x, y in zip(alone.__dict__.values(), batch[i].__dict__.values()):
+            assert torch.equal(x[:, :n], y[:, :n])
         assert batch.mask[i].tolist() == [True] * n + [False] * (batch.mask.shape[1] - n)
 
 
@@ -197,15 +270,22 @@ def test_each_action_is_encoded_as_if_alone(actions):
 def test_padding_and_gaps_are_zero_and_say_so(actions):
     batch = encode_actions(actions, GENES[:6], TABLE)
     empty = ~batch.mask
-    assert not batch.features[empty].any() and not batch.present[empty].any() and not batch.dose[empty].any() and (batch.target[empty] == -1).all()
-    for s, x in enumerate(batch.features.split(list(TABLE.dims.values()), -1)): assert not x[~batch.present[..., s]].any()
+    assert (
+        not batch.features[empty].any()
+        and not batch.present[empty].any()
+        and not batch.dose[empty].any()
+        and (batch.target[empty] == -1).all()
+    )
+    for s, x in enumerate(batch.features.split(list(TABLE.dims.values()), -1)):
+        assert not x[~batch.present[..., s]].any()
     assert torch.isfinite(batch.time).all() and (batch.mode[batch.mask] > 0).all()
 
 
 @few
 @given(batches, st.permutations(GENES))
 def test_targets_follow_the_genes(actions, genes):
-    a, b = encode_actions(actions, GENES), encode_actions(actions, genes)
+    a = encode_actions(actions, GENES)
+    b = encode_actions(actions, genes)
     assert all(GENES[i] == genes[j] for i, j in zip(a.target[a.mask], b.target[b.mask]))
 
 
@@ -216,7 +296,8 @@ def test_indexing_and_encoding_commute(actions, data):
     batch = encode_actions(actions, GENES, TABLE)[rows]
     longest = max(1, *(len(actions[i]) for i in rows)) if rows else 1
     again = encode_actions([actions[i] for i in rows], GENES, TABLE)
-    for x, y in zip(batch.__dict__.values(), again.__dict__.values()): assert torch.equal(x[:, :longest], y)
+    for x, y in zip(batch.__dict__.values(), again.__dict__.values()):
+        assert torch.equal(x[:, :longest], y)
     assert len(batch[0]) == 1 and len(batch[:1]) == 1 and equal(batch.to("cpu"), batch)
 
 
@@ -230,7 +311,11 @@ def test_no_table_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batch = encode_actions([Action(), Action.parse("NOBODY")], GENES)
-    assert batch.features.shape == (2, 1, 0) and batch.target.tolist() == [[-1], [-1]] and len(encode_actions([], GENES, TABLE)) == 0
+    assert (
+        batch.features.shape == (2, 1, 0)
+        and batch.target.tolist() == [[-1], [-1]]
+        and len(encode_actions([], GENES, TABLE)) == 0
+    )
 
 
 def test_labels_are_not_actions():
@@ -238,14 +323,36 @@ def test_labels_are_not_actions():
 
 
 @few
-@given(st.lists(st.sampled_from(MODES[1:]), min_size=1, max_size=4), st.floats(0, 1), st.floats(0.1, 10))
+@given(
+    st.lists(st.sampled_from(MODES[1:]), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.floats(0.1, 10),
+)
 def test_efficiency_weakens_guides_and_no_drug(modes, efficiency, dose):
     "Each part of an action, whatever is done beside it; what nobody measured changes nothing."
     name = "+".join("ABCD"[:len(modes)])
-    rows = pd.DataFrame(dict(perturbation=name, mode="+".join(modes), dose=dose, efficiency=[efficiency, math.nan]))
+    rows = pd.DataFrame(
+        dict(perturbation=name, mode="+".join(modes), dose=dose, efficiency=[efficiency, math.nan])
+    )
     weak, whole = actions_of(rows)
-    for m, p, q in zip(modes, weak.parts, whole.parts): assert p.mode == m and q.dose == dose and math.isclose(p.dose, dose if m in ("drug", "cytokine") else dose * efficiency)
+    for m, p, q in zip(modes, weak.parts, whole.parts):
+        assert (
+            p.mode == m
+            and q.dose == dose
+            and math.isclose(p.dose, dose if m in ("drug", "cytokine") else dose * efficiency)
+        )
 
 
-@pytest.mark.parametrize("bad", [dict(dose="high"), dict(dose=[[1, 2]]), dict(dose=[{}]), dict(time="noon"), dict(dose=[1, 2]), dict(mode="drug+CRISPRi")])
-def test_what_is_no_number_is_named(bad): assert "'A'" in refused(lambda: Action.parse("A", **bad), BadAction)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(dose="high"),
+        dict(dose=[[1, 2]]),
+        dict(dose=[{}]),
+        dict(time="noon"),
+        dict(dose=[1, 2]),
+        dict(mode="drug+CRISPRi"),
+    ],
+)
+def test_what_is_no_number_is_named(bad):
+    assert "'A'" in refused(lambda: Action.parse("A", **bad), BadAction)

@@ -12,7 +12,20 @@ from hypothesis import assume, given, settings, strategies as st
 from scipy import sparse
 
 import biojepa as bj
-from biojepa.cells import CONTROL, KEYS, MODES, BadCells, add_mode, check, conditions, dense, effects, gene_hash, gene_names, join_parts, part_modes, parts, prepare
+from biojepa.cells import (
+    CONTROL,
+    MODES,
+    BadCells,
+    add_mode,
+    check,
+    dense,
+    gene_hash,
+    join_parts,
+    part_modes,
+    parts,
+)
+from biojepa.prepare import gene_names, prepare
+from biojepa.effects import KEYS, conditions, effects
 from biojepa.perturbations import Action, BadAction, actions_of
 from biojepa.simulator import simulate
 from biojepa.sets import SetSampler, visit
@@ -21,23 +34,45 @@ from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
 few = settings(max_examples=12, deadline=None)
 GENES = [f"GENE{i}" for i in range(12)]
 seeds = st.integers(0, 2**31)
-pytestmark = pytest.mark.filterwarnings("ignore:.*are not measured", "ignore:Observation names are not unique", "ignore:Variable names are not unique")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*are not measured",
+    "ignore:Observation names are not unique",
+    "ignore:Variable names are not unique",
+)
 
 
 def screen(seed, singles=5, pairs=3, cells=4, lines=1, batches=2, as_sparse=True):
-    "Counts of 8 genes; single and double perturbations of 12; every batch of every line has controls."
+    """Counts of 8 genes; single and double perturbations of 12; every batch of every line has
+    controls."""
     rng = np.random.default_rng(seed)
     names = list(rng.choice(GENES, singles, replace=False))
     names += ["+".join(rng.choice(GENES, 2, replace=False)) for _ in range(pairs)]
     names = [join_parts(parts(n)) for n in dict.fromkeys(names)]
-    rows = [(n, f"L{l}", f"b{i % batches}") for l in range(lines) for n in [CONTROL] * 3 + sorted(set(names)) for i in range(cells)]
+    rows = [
+        (n, f"L{l}", f"b{i % batches}")
+        for l in range(lines)
+        for n in [CONTROL] * 3 + sorted(set(names))
+        for i in range(cells)
+    ]
     obs = pd.DataFrame(rows, columns=["perturbation", "cell_type", "batch"])
     obs.index = "cell" + obs.index.astype(str)
-    X = rng.poisson(3, (len(obs), 8)).astype("float32"); X[:, 7] += 1
-    return AnnData(sparse.csr_matrix(X) if as_sparse else X, obs=obs, var=pd.DataFrame(index=GENES[:8]))
+    X = rng.poisson(3, (len(obs), 8)).astype("float32")
+    X[:, 7] += 1
+    return AnnData(
+        sparse.csr_matrix(X) if as_sparse else X, obs=obs, var=pd.DataFrame(index=GENES[:8])
+    )
 
 
-screens = st.builds(screen, seeds, st.integers(3, 8), st.integers(0, 12), st.integers(2, 6), st.integers(1, 3), st.integers(1, 2), st.booleans())
+screens = st.builds(
+    screen,
+    seeds,
+    st.integers(3, 8),
+    st.integers(0, 12),
+    st.integers(2, 6),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.booleans(),
+)
 
 
 def refused(f, error=BadCells):
@@ -49,33 +84,51 @@ def refused(f, error=BadCells):
 
 def usual(seed=0):
     a = screen(seed)
-    a.layers["umi"] = a.X.copy(); a.X = sparse.csr_matrix(np.log1p(a.X.toarray()))
-    a.var["symbol"] = pd.Categorical(a.var_names); a.var_names = [f"ENSG{i:011d}" for i in range(a.n_vars)]
+    a.layers["umi"] = a.X.copy()
+    a.X = sparse.csr_matrix(np.log1p(a.X.toarray()))
+    a.var["symbol"] = pd.Categorical(a.var_names)
+    a.var_names = [f"ENSG{i:011d}" for i in range(a.n_vars)]
     return a
 
 
 def test_counts_from_a_layer_under_symbols():
-    a, plain = usual(), prepare(screen(0))
+    a = usual()
+    plain = prepare(screen(0))
     assert "; layer='umi' holds whole numbers" in refused(lambda: prepare(a))
     cells = prepare(a, layer="umi", genes="symbol")
     assert list(cells.var_names) == list(plain.var_names)
-    np.testing.assert_array_equal(dense(cells.X), dense(plain.X)); np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(plain.layers["counts"]))
+    np.testing.assert_array_equal(dense(cells.X), dense(plain.X))
+    np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(plain.layers["counts"]))
     assert "no layer 'counts'; the file has ['umi']" in refused(lambda: prepare(a, layer="counts"))
-    assert "no column 'gene_name' for gene symbols; it has ['symbol']" in refused(lambda: prepare(a, layer="umi", genes="gene_name"))
-    del a.layers["umi"]; assert "layer=" not in refused(lambda: prepare(a))
+    assert "no column 'gene_name' for gene symbols; it has ['symbol']" in refused(
+        lambda: prepare(a, layer="umi", genes="gene_name")
+    )
+    del a.layers["umi"]
+    assert "layer=" not in refused(lambda: prepare(a))
 
 
 @pytest.mark.filterwarnings("default:.*are not measured")
 def test_identifiers_for_symbols_are_spotted():
-    with pytest.warns(UserWarning, match="names such as 'ENSG00000000000'.*Give it as genes="): prepare(usual(), layer="umi")
-    a = usual(); a.var_names = [*GENES[:1], *a.var_names[1:]]
-    a.obs.loc[a.obs.perturbation != CONTROL, "perturbation"] = [GENES[0], GENES[9]] * ((a.obs.perturbation != CONTROL).sum() // 2)
-    with pytest.warns(UserWarning, match="1 of 2 perturbed genes are not measured: GENE9$"): prepare(a, layer="umi")
+    with pytest.warns(UserWarning, match="names such as 'ENSG00000000000'.*Give it as genes="):
+        prepare(usual(), layer="umi")
+    a = usual()
+    a.var_names = [*GENES[:1], *a.var_names[1:]]
+    a.obs.loc[a.obs.perturbation != CONTROL, "perturbation"] = [GENES[0], GENES[9]] * (
+        (a.obs.perturbation != CONTROL).sum() // 2
+    )
+    with pytest.warns(UserWarning, match="1 of 2 perturbed genes are not measured: GENE9$"):
+        prepare(a, layer="umi")
 
 
 def test_repeated_and_missing_symbols_keep_every_row():
-    a = usual(); a.var["symbol"] = ["A", "A", None, *GENES[3:8]]
-    assert list(gene_names(a, "symbol")) == ["A_ENSG00000000000", "A_ENSG00000000001", "ENSG00000000002", *GENES[3:8]]
+    a = usual()
+    a.var["symbol"] = ["A", "A", None, *GENES[3:8]]
+    assert list(gene_names(a, "symbol")) == [
+        "A_ENSG00000000000",
+        "A_ENSG00000000001",
+        "ENSG00000000002",
+        *GENES[3:8],
+    ]
 
 
 # names
@@ -105,9 +158,12 @@ def test_contract(raw):
 @few
 @given(screens, st.randoms())
 def test_order_of_cells_and_genes_does_not_matter(raw, random):
-    i, j = np.arange(raw.n_obs), np.arange(raw.n_vars)
-    random.shuffle(i); random.shuffle(j)
-    cells, mixed = prepare(raw), prepare(raw[i][:, j])
+    i = np.arange(raw.n_obs)
+    j = np.arange(raw.n_vars)
+    random.shuffle(i)
+    random.shuffle(j)
+    cells = prepare(raw)
+    mixed = prepare(raw[i][:, j])
     back = mixed[cells.obs_names, cells.var_names]
     np.testing.assert_allclose(dense(back.X), dense(cells.X), rtol=1e-5)
     pd.testing.assert_frame_equal(back.obs, cells.obs)
@@ -117,7 +173,8 @@ def test_order_of_cells_and_genes_does_not_matter(raw, random):
 @few
 @given(screens, st.integers(2, 9))
 def test_depth_does_not_matter(raw, times):
-    deep = raw.copy(); deep.X = deep.X * np.float32(times)
+    deep = raw.copy()
+    deep.X = deep.X * np.float32(times)
     np.testing.assert_allclose(dense(prepare(deep).X), dense(prepare(raw).X), rtol=1e-4)
 
 
@@ -137,8 +194,11 @@ def test_perturbed_genes_stay(raw, n):
 @given(screens, st.integers(0, 10**6), st.sampled_from([-1.0, 0.5, np.nan, np.inf]))
 def test_one_bad_entry_is_named_and_nothing_is_touched(raw, at, value):
     i, j = divmod(at % (raw.n_obs * raw.n_vars), raw.n_vars)
-    X = dense(raw.X).copy(); X[i, j] = value
-    bad = AnnData(sparse.csr_matrix(X) if sparse.issparse(raw.X) else X.copy(), obs=raw.obs, var=raw.var)
+    X = dense(raw.X).copy()
+    X[i, j] = value
+    bad = AnnData(
+        sparse.csr_matrix(X) if sparse.issparse(raw.X) else X.copy(), obs=raw.obs, var=raw.var
+    )
     said = refused(lambda: prepare(bad))
     assert f"{raw.obs_names[i]!r}" in said and f"{raw.var_names[j]!r}" in said
     np.testing.assert_array_equal(dense(bad.X), X)
@@ -147,21 +207,35 @@ def test_one_bad_entry_is_named_and_nothing_is_touched(raw, at, value):
 
 def test_other_refusals():
     raw = screen(0)
-    assert "'perturbed'" in refused(lambda: prepare(raw, "perturbed")) and "'plate'" in refused(lambda: prepare(raw, batch="plate"))
+    assert "'perturbed'" in refused(lambda: prepare(raw, "perturbed")) and "'plate'" in refused(
+        lambda: prepare(raw, batch="plate")
+    )
     assert "'NT'" in refused(lambda: prepare(raw, control="NT"))
-    empty = raw.copy(); empty.X[5] = 0; empty.X.eliminate_zeros()
+    empty = raw.copy()
+    empty.X[5] = 0
+    empty.X.eliminate_zeros()
     assert "'cell5'" in refused(lambda: prepare(empty))
-    twice = raw.copy(); twice.var_names = ["A", "A", *raw.var_names[2:]]
+    twice = raw.copy()
+    twice.var_names = ["A", "A", *raw.var_names[2:]]
     assert "'A'" in refused(lambda: prepare(twice))
-    lonely = raw.copy(); lonely.obs.loc["cell3", "perturbation"] = "GENE99"
+    lonely = raw.copy()
+    lonely.obs.loc["cell3", "perturbation"] = "GENE99"
     assert "'GENE99'" in refused(lambda: prepare(lonely))
-    logged = raw.copy(); sc.pp.normalize_total(logged, target_sum=1e4); sc.pp.log1p(logged)
+    logged = raw.copy()
+    sc.pp.normalize_total(logged, target_sum=1e4)
+    sc.pp.log1p(logged)
     assert "log1p" in refused(lambda: prepare(logged))
-    np.testing.assert_allclose(dense(prepare(logged, kind="log1p").X), dense(prepare(raw).X), rtol=1e-5)
+    np.testing.assert_allclose(
+        dense(prepare(logged, kind="log1p").X), dense(prepare(raw).X), rtol=1e-5
+    )
     assert "already" in refused(lambda: prepare(prepare(raw)))
-    assert "'unasigned'" in refused(lambda: prepare(raw, drop=["unasigned"])) and "-1" in refused(lambda: prepare(raw, dose=-1))
+    assert "'unasigned'" in refused(lambda: prepare(raw, drop=["unasigned"])) and "-1" in refused(
+        lambda: prepare(raw, dose=-1)
+    )
     name = raw.obs.perturbation.iloc[-1]
-    assert name not in set(prepare(raw, drop=name).obs.perturbation) and set(prepare(raw, drop=name).obs.perturbation) == set(raw.obs.perturbation) - {name}
+    assert name not in set(prepare(raw, drop=name).obs.perturbation) and set(
+        prepare(raw, drop=name).obs.perturbation
+    ) == set(raw.obs.perturbation) - {name}
     assert "half=2" in refused(lambda: effects(prepare(raw), half=2), ValueError)
 
 
@@ -173,19 +247,34 @@ def as_array(seed=0):
 
 
 def with_column(name, values):
-    raw = as_array(); raw.obs[name] = values
+    raw = as_array()
+    raw.obs[name] = values
     return raw
 
 
-@pytest.mark.parametrize("label, control, sep, word", [("control", "NT", "_", "called"), ("A_", "NT", "_", "empty part"), ("A+B", "NT", "_", "holds a '+'")])
+@pytest.mark.parametrize(
+    "label, control, sep, word",
+    [
+        ("control", "NT", "_", "called"),
+        ("A_", "NT", "_", "empty part"),
+        ("A+B", "NT", "_", "holds a '+'"),
+    ],
+)
 def test_names_that_could_be_read_in_two_ways(label, control, sep, word):
-    raw = with_column("guide", [control, label] * (as_array().n_obs // 2) + [control] * (as_array().n_obs % 2))
+    raw = with_column(
+        "guide", [control, label] * (as_array().n_obs // 2) + [control] * (as_array().n_obs % 2)
+    )
     assert word in refused(lambda: prepare(raw, "guide", control, sep=sep))
 
 
 def test_names_that_can_be_read():
     raw = as_array()
-    for label, sep, name in (("A_A", "_", "A"), ("B_NT", "_", "B"), ("A+B", "+", "A+B"), ("HLA-A_x", None, "HLA-A_x")):
+    for label, sep, name in (
+        ("A_A", "_", "A"),
+        ("B_NT", "_", "B"),
+        ("A+B", "+", "A+B"),
+        ("HLA-A_x", None, "HLA-A_x"),
+    ):
         raw.obs["guide"] = np.where(np.arange(raw.n_obs) % 2, label, "NT")
         assert set(prepare(raw, "guide", "NT", sep=sep).obs.perturbation) == {CONTROL, name}
 
@@ -197,25 +286,40 @@ def test_doses():
     assert "dose '1+2'" in refused(lambda: prepare(bad))
     assert set(prepare(bad, dose=2.5).obs.dose) == {0.0, 2.5}
     for value in (-1, np.inf):
-        assert "from 0 up" in refused(lambda: prepare(as_array(), dose=value)) and "from 0 up" in refused(lambda: prepare(as_array(), time=value))
+        assert "from 0 up" in refused(
+            lambda: prepare(as_array(), dose=value)
+        ) and "from 0 up" in refused(lambda: prepare(as_array(), time=value))
 
 
 def test_more_refusals():
     low = with_column("umi", 3)
-    assert "'umi'" in refused(lambda: prepare(low, total="umi")) and "'umi2'" in refused(lambda: prepare(low, total="umi2"))
+    assert "'umi'" in refused(lambda: prepare(low, total="umi")) and "'umi2'" in refused(
+        lambda: prepare(low, total="umi2")
+    )
     assert "says many" in refused(lambda: prepare(with_column("umi", "many"), total="umi"))
-    much = as_array(); much.X = np.log1p(1e4 * much.X)
+    much = as_array()
+    much.X = np.log1p(1e4 * much.X)
     assert "more than 10,000" in refused(lambda: prepare(much, kind="log1p"))
-    assert "neither" in refused(lambda: prepare(low, kind="tpm")) and "neither" in refused(lambda: prepare(low, select="random"))
-    assert "at least one" in refused(lambda: prepare(low, n_genes=0)) and "CRISPRko" in refused(lambda: prepare(low, mode="knock-out"))
+    assert "neither" in refused(lambda: prepare(low, kind="tpm")) and "neither" in refused(
+        lambda: prepare(low, select="random")
+    )
+    assert "at least one" in refused(lambda: prepare(low, n_genes=0)) and "CRISPRko" in refused(
+        lambda: prepare(low, mode="knock-out")
+    )
     assert "X is empty" in refused(lambda: prepare(AnnData(obs=low.obs, var=low.var)))
 
 
 def test_modes_grow_and_keep_their_order():
     before = list(MODES)
     try:
-        assert add_mode(" editing ") == "editing" == add_mode("editing") and list(MODES) == [*before, "editing"] and MODES.added[-1:] == ("editing",)
-        assert [MODES.index(m) for m in before] == list(range(len(before))) and bj.add_mode is add_mode
+        assert (
+            add_mode(" editing ") == "editing" == add_mode("editing")
+            and list(MODES) == [*before, "editing"]
+            and MODES.added[-1:] == ("editing",)
+        )
+        assert [MODES.index(m) for m in before] == list(
+            range(len(before))
+        ) and bj.add_mode is add_mode
         for bad in ("Editing", "drug+editing", "", None):
             with pytest.raises(BadCells, match="mode"): add_mode(bad)
         assert len(MODES) == len(before) + 1
@@ -226,24 +330,36 @@ def mixed():
     "Genes knocked down, drugs, and both at once, the drug named first."
     a = screen(0, singles=4, pairs=0, cells=6)
     a.obs["perturbation"] = np.resize(["control", "GENE1", "ZORRO", "ZORRO+GENE1"], a.n_obs)
-    a.obs["mode"] = a.obs.perturbation.map({"control": "control", "GENE1": "CRISPRi", "ZORRO": "drug", "ZORRO+GENE1": "drug+CRISPRi"})
+    a.obs["mode"] = a.obs.perturbation.map(
+        {"control": "control", "GENE1": "CRISPRi", "ZORRO": "drug", "ZORRO+GENE1": "drug+CRISPRi"}
+    )
     return a
 
 
 def test_modes_of_a_combination_follow_their_parts():
     a = mixed()
     cells = prepare(a)
-    assert dict(zip(cells.obs.perturbation, cells.obs["mode"])) == {"control": "control", "GENE1": "CRISPRi", "ZORRO": "drug", "GENE1+ZORRO": "CRISPRi+drug"}
-    assert list(cells.uns["biojepa"]["absent"]) == []                                     # a drug is no gene that is missing
+    assert dict(zip(cells.obs.perturbation, cells.obs["mode"])) == {
+        "control": "control",
+        "GENE1": "CRISPRi",
+        "ZORRO": "drug",
+        "GENE1+ZORRO": "CRISPRi+drug",
+    }
+    # a drug is no gene that is missing
+    assert list(cells.uns["biojepa"]["absent"]) == []
     action = {x.name: x for x in actions_of(effects(cells).obs)}["GENE1+ZORRO"]
     assert [(p.target, p.mode) for p in action.parts] == [("GENE1", "CRISPRi"), ("ZORRO", "drug")]
-    a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi", "drug+drug"); assert set(prepare(a).obs["mode"]) == {"control", "CRISPRi", "drug"}
-    a.obs["mode"] = a.obs["mode"].replace("drug+drug", "drug+CRISPRi+CRISPRi"); assert "has 2 parts, but mode 'drug+CRISPRi+CRISPRi' has 3" in refused(lambda: prepare(a))
-    a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi+CRISPRi", "drug+magic"); assert "'magic' is not one of" in refused(lambda: prepare(a))
+    a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi", "drug+drug")
+    assert set(prepare(a).obs["mode"]) == {"control", "CRISPRi", "drug"}
+    a.obs["mode"] = a.obs["mode"].replace("drug+drug", "drug+CRISPRi+CRISPRi")
+    assert "has 2 parts, but mode 'drug+CRISPRi+CRISPRi' has 3" in refused(lambda: prepare(a))
+    a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi+CRISPRi", "drug+magic")
+    assert "'magic' is not one of" in refused(lambda: prepare(a))
 
 
 def test_efficiency_of_guides_reaches_the_actions():
-    a = mixed(); gene = (a.obs.perturbation == "GENE1").to_numpy()
+    a = mixed()
+    gene = (a.obs.perturbation == "GENE1").to_numpy()
     a.obs["efficiency"] = np.nan
     a.obs.loc[gene, "efficiency"] = np.resize([.6, .8, np.nan], gene.sum())
     table = effects(prepare(a)).obs.set_index("perturbation")
@@ -253,7 +369,8 @@ def test_efficiency_of_guides_reaches_the_actions():
     assert np.isclose(doses["GENE1"], known) and doses["ZORRO"] == 1
     assert "efficiency" not in effects(prepare(mixed())).obs
     for bad in (80, "good"):
-        a.obs["efficiency"] = a.obs.efficiency.astype(object); a.obs.iloc[5, a.obs.columns.get_loc("efficiency")] = bad
+        a.obs["efficiency"] = a.obs.efficiency.astype(object)
+        a.obs.iloc[5, a.obs.columns.get_loc("efficiency")] = bad
         assert f"'efficiency' says {bad!r} for cell 'cell5'" in refused(lambda: prepare(a))
 
 
@@ -262,45 +379,71 @@ def test_as_many_modes_as_parts():
         assert part_modes(name, "drug") == [(p, "drug") for p in parts(name)]
         own = list(MODES[1:1 + len(parts(name))])
         if own: assert part_modes(name, "+".join(own)) == list(zip(parts(name), own))
-        assert "give one mode, or one for each part" in refused(lambda: part_modes(name, "drug+CRISPRi+CRISPRa+drug"))
+        assert "give one mode, or one for each part" in refused(
+            lambda: part_modes(name, "drug+CRISPRi+CRISPRa+drug")
+        )
 
 
 def test_a_structure_is_not_cut_at_its_charge():
-    a = mixed(); a.obs["perturbation"] = a.obs.perturbation.replace("ZORRO", "C[N+](C)C"); a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi", "drug")
+    a = mixed()
+    a.obs["perturbation"] = a.obs.perturbation.replace("ZORRO", "C[N+](C)C")
+    a.obs["mode"] = a.obs["mode"].replace("drug+CRISPRi", "drug")
     assert "cut a bracket in two" in refused(lambda: prepare(a))
     with pytest.raises(BadAction, match="cut a bracket in two"): Action.parse("C[N+](C)C", "drug")
 
 
 def test_a_mode_for_each_cell_and_what_is_carried_along():
-    raw = as_array(); name = raw.obs.perturbation.iloc[-1]
-    raw.obs["how"] = np.where(raw.obs.perturbation == name, "CRISPRa", "CRISPRi"); raw.uns["truth"] = {"net": np.ones(2)}
+    raw = as_array()
+    name = raw.obs.perturbation.iloc[-1]
+    raw.obs["how"] = np.where(raw.obs.perturbation == name, "CRISPRa", "CRISPRi")
+    raw.uns["truth"] = {"net": np.ones(2)}
     cells = prepare(raw, mode="how")
-    assert set(cells.obs["mode"]) == {CONTROL, "CRISPRa", "CRISPRi"} and set(cells.obs["mode"][cells.obs.perturbation == name]) == {"CRISPRa"}
-    assert set(cells.obs.batch) == {"b0", "b1"} and "note" in cells.obs and (cells.uns["truth"]["net"] == 1).all()
+    assert set(cells.obs["mode"]) == {CONTROL, "CRISPRa", "CRISPRi"} and set(
+        cells.obs["mode"][cells.obs.perturbation == name]
+    ) == {"CRISPRa"}
+    assert (
+        set(cells.obs.batch) == {"b0", "b1"}
+        and "note" in cells.obs
+        and (cells.uns["truth"]["net"] == 1).all()
+    )
 
 
 def test_rows_of_effects_get_names_that_differ():
-    cells = prepare(screen(3, cells=8, lines=2)); e = effects(cells)
+    cells = prepare(screen(3, cells=8, lines=2))
+    e = effects(cells)
     assert e.obs_names.is_unique and all("@L" in n for n in e.obs_names)
-    one = cells[cells.obs.cell_type == "L0"].copy(); name = effects(one).obs_names[0]
+    one = cells[cells.obs.cell_type == "L0"].copy()
+    name = effects(one).obs_names[0]
     own = np.flatnonzero(one.obs.perturbation == name)
-    one.obs["mode"] = np.where(np.isin(np.arange(one.n_obs), own[:4]), "CRISPRa", one.obs["mode"].astype(str))
+    one.obs["mode"] = np.where(
+        np.isin(np.arange(one.n_obs), own[:4]), "CRISPRa", one.obs["mode"].astype(str)
+    )
     assert {f"{name}@CRISPRa", f"{name}@CRISPRi"} <= set(effects(one).obs_names)
 
 
 def test_effects_without_controls_and_of_one_cell():
     cells = prepare(screen(4))
     assert "no control cells" in refused(lambda: effects(cells[cells.obs.perturbation != CONTROL]))
-    one = np.r_[np.flatnonzero(cells.obs.perturbation == CONTROL), np.flatnonzero(cells.obs.perturbation != CONTROL)[:1]]
-    assert np.isnan(effects(cells[one]).layers["sem"]).all() and (effects(cells).layers["sem"] > 0).any()
+    one = np.r_[
+        np.flatnonzero(cells.obs.perturbation == CONTROL),
+        np.flatnonzero(cells.obs.perturbation != CONTROL)[:1],
+    ]
+    assert (
+        np.isnan(effects(cells[one]).layers["sem"]).all()
+        and (effects(cells).layers["sem"] > 0).any()
+    )
 
 
 def test_whole_numbers_by_column_and_variable_genes():
-    raw = screen(5); csc = raw.copy(); csc.X = sparse.csc_matrix(csc.X.astype(int))
+    raw = screen(5)
+    csc = raw.copy()
+    csc.X = sparse.csc_matrix(csc.X.astype(int))
     assert (prepare(csc).X != prepare(raw).X).nnz == 0 and prepare(csc).X.format == "csr"
     measured = {p for n in set(raw.obs.perturbation) for p in parts(n)} & set(raw.var_names)
     hvg = prepare(raw, n_genes=1, select="hvg")
-    assert measured <= set(hvg.var_names) and list(hvg.var_names) == [g for g in raw.var_names if g in set(hvg.var_names)]
+    assert measured <= set(hvg.var_names) and list(hvg.var_names) == [
+        g for g in raw.var_names if g in set(hvg.var_names)
+    ]
 
 
 def test_a_file_gives_the_same_cells(tmp_path):
@@ -323,7 +466,10 @@ def test_what_a_batch_adds_to_all_its_cells_cancels(raw, seed):
     cells = prepare(raw)
     shifted = cells.copy()
     place = pd.factorize(cells.obs.cell_type + cells.obs.batch)[0]
-    shifted.X = dense(cells.X) + np.random.default_rng(seed).normal(size=(place.max() + 1, 8)).astype("float32")[place]
+    shifted.X = (
+        dense(cells.X)
+        + np.random.default_rng(seed).normal(size=(place.max() + 1, 8)).astype("float32")[place]
+    )
     np.testing.assert_allclose(effects(shifted).X, effects(cells).X, atol=1e-4)
 
 
@@ -331,11 +477,21 @@ def test_what_a_batch_adds_to_all_its_cells_cancels(raw, seed):
 @given(screens, seeds)
 def test_halves_share_no_cell_and_make_the_whole(raw, seed):
     cells = prepare(raw)
-    a, b, both = effects(cells, 0, seed), effects(cells, 1, seed), effects(cells)
-    assert list(a.obs_names) == list(b.obs_names) == list(both.obs_names) and both.obs_names.is_unique
-    n, m = a.obs.n_cells.to_numpy()[:, None], b.obs.n_cells.to_numpy()[:, None]
+    a = effects(cells, 0, seed)
+    b = effects(cells, 1, seed)
+    both = effects(cells)
+    assert (
+        list(a.obs_names) == list(b.obs_names) == list(both.obs_names) and both.obs_names.is_unique
+    )
+    n = a.obs.n_cells.to_numpy()[:, None]
+    m = b.obs.n_cells.to_numpy()[:, None]
     assert (n + m == both.obs.n_cells.to_numpy()[:, None]).all() and (abs(n - m) <= 1).all()
-    np.testing.assert_allclose((n * a.layers["mean"] + m * b.layers["mean"]) / (n + m), both.layers["mean"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        (n * a.layers["mean"] + m * b.layers["mean"]) / (n + m),
+        both.layers["mean"],
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @few
@@ -345,8 +501,12 @@ def test_conditions_tell_every_cell(raw):
     table, code = conditions(cells)
     assert ((code == -1) == (cells.obs.perturbation == CONTROL)).all()
     treated = cells.obs[code >= 0]
-    for key in KEYS[:4]: assert (table[key].to_numpy()[code[code >= 0]] == treated[key].to_numpy()).all()
-    assert table.equals(table.sort_values(KEYS).reset_index(drop=True)) and not table.duplicated(KEYS).any()
+    for key in KEYS[:4]:
+        assert (table[key].to_numpy()[code[code >= 0]] == treated[key].to_numpy()).all()
+    assert (
+        table.equals(table.sort_values(KEYS).reset_index(drop=True))
+        and not table.duplicated(KEYS).any()
+    )
 
 
 # splits
@@ -360,7 +520,8 @@ def made(raw, kind, seed):
 @few
 @given(screens, st.sampled_from([*RULES, "unseen_context"]), st.integers(0, 1000))
 def test_every_split_is_apart(raw, kind, seed):
-    cells, s = prepare(raw), made(raw, kind, seed)
+    cells = prepare(raw)
+    s = made(raw, kind, seed)
     masks = np.stack([s.mask(cells, p) for p in PARTS])
     control = (cells.obs.perturbation == CONTROL).to_numpy()
     assert masks.sum(0).max() == 1 and masks[0, control].all() and not masks[1:, control].any()
@@ -378,16 +539,21 @@ def test_every_split_is_apart(raw, kind, seed):
 @few
 @given(screens, st.sampled_from(list(RULES)), st.integers(0, 1000), st.randoms())
 def test_the_assertion_fires(raw, kind, seed, random):
-    cells, s = prepare(raw), made(raw, kind, seed)
+    cells = prepare(raw)
+    s = made(raw, kind, seed)
     name = random.choice(s.test)
     assert f"{name!r}" in refused(lambda: check_split(replace(s, train=s.train + (name,))), Leak)
     hidden = [n for n in s.test if s.groups[n] == "unseen_gene"]
     if hidden:
         gene = random.choice(hidden)
-        assert f"{gene!r}" in refused(lambda: check_split(replace(s, train=s.train + (f"{gene}+ZZZ",))), Leak)
+        assert f"{gene!r}" in refused(
+            lambda: check_split(replace(s, train=s.train + (f"{gene}+ZZZ",))), Leak
+        )
         assert f"{gene!r}" in refused(lambda: s.check_features([gene]), Leak)
-    twin = cells.copy(); held = s.mask(cells, "test")
-    twin.obs_names = np.where(held, "twin", cells.obs_names); twin.obs_names = [f"x{i % 2}" if n == "twin" else n for i, n in enumerate(twin.obs_names)]
+    twin = cells.copy()
+    held = s.mask(cells, "test")
+    twin.obs_names = np.where(held, "twin", cells.obs_names)
+    twin.obs_names = [f"x{i % 2}" if n == "twin" else n for i, n in enumerate(twin.obs_names)]
     check_split(s, cells)
     twin.obs_names = ["x0", *twin.obs_names[1:]]
     assert "'x0'" in refused(lambda: check_split(s, twin), Leak)
@@ -397,18 +563,30 @@ def test_the_assertion_fires(raw, kind, seed, random):
 @given(st.integers(0, 10**6), st.integers(8, 12), st.integers(0, 30))
 def test_the_shares_of_gears(seed, singles, pairs):
     raw = screen(seed, singles, pairs)
-    s, names = made(raw, "simulation", seed % 100), set(raw.obs.perturbation) - {CONTROL}
+    s = made(raw, "simulation", seed % 100)
+    names = set(raw.obs.perturbation) - {CONTROL}
     genes = {g for n in names for g in parts(n)}
     assert set(s.train) | set(s.val) | set(s.test) == names
     kept = {g for n in s.train + s.val for g in parts(n)}
     assert len(kept) <= int(0.75 * len(genes))
     untested = [n for n in s.train + s.val if "+" in n]
-    seen = set(np.random.RandomState(seed % 100).choice(sorted(genes), int(0.75 * len(genes)), replace=False))
-    assert kept <= seen and len(untested) == int(0.75 * sum("+" in n and set(parts(n)) <= seen for n in names))
+    seen = set(
+        np.random.RandomState(seed % 100).choice(
+            sorted(genes), int(0.75 * len(genes)), replace=False
+        )
+    )
+    assert kept <= seen and len(untested) == int(
+        0.75 * sum("+" in n and set(parts(n)) <= seen for n in names)
+    )
 
 
 @few
-@given(st.integers(0, 10**6), st.integers(6, 10), st.integers(10, 30), st.sampled_from(["simulation", "unseen_gene"]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(6, 10),
+    st.integers(10, 30),
+    st.sampled_from(["simulation", "unseen_gene"]),
+)
 def test_validation_has_a_single_to_choose_by(seed, singles, pairs, kind):
     s = made(screen(seed, singles, pairs, cells=2), kind, seed % 100)
     if sum("+" not in n for n in s.train + s.val) >= 5: assert any("+" not in n for n in s.val)
@@ -420,14 +598,18 @@ def test_folds_judge_every_single_once(raw, k, seed):
     try: out = folds(prepare(raw), k, seed)
     except ValueError: assume(False)
     tested = [n for s in out for n in s.test if "+" not in n]
-    assert sorted(tested) == sorted(n for n in set(raw.obs.perturbation) if "+" not in n and n != CONTROL)
+    assert sorted(tested) == sorted(
+        n for n in set(raw.obs.perturbation) if "+" not in n and n != CONTROL
+    )
 
 
 # sets
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12), seeds)
 def test_visits_do_not_depend_on_the_step_size(n, a, b, seed):
-    long = [np.concatenate([visit(n, s, size, seed) for s in range(a * b // size)]) for size in (a, b)]
+    long = [
+        np.concatenate([visit(n, s, size, seed) for s in range(a * b // size)]) for size in (a, b)
+    ]
     np.testing.assert_array_equal(*long)
     whole = long[0][:len(long[0]) // n * n].reshape(-1, n)
     assert (np.sort(whole) == np.arange(n)).all()
@@ -437,33 +619,47 @@ def test_visits_do_not_depend_on_the_step_size(n, a, b, seed):
 @given(screens, st.integers(1, 6), st.integers(0, 1000), st.integers(1, 9), seeds)
 def test_a_step_is_a_pure_function(raw, m, step, size, seed):
     cells = prepare(raw)
-    used, fresh = SetSampler(cells, m, seed), SetSampler(cells, m, seed)
+    used = SetSampler(cells, m, seed)
+    fresh = SetSampler(cells, m, seed)
     for s in range(3): used.batch(s, size)
-    a, b = used.batch(step, size), fresh.batch(step, size)
+    a = used.batch(step, size)
+    b = fresh.batch(step, size)
     assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
-    assert a.treated.shape == a.control.shape == (size, m, cells.n_vars) and a.group.dtype == torch.int64
-    assert all(torch.equal(x, y) for x, y in zip(used.cell_batch(step, size), fresh.cell_batch(step, size)))
+    assert (
+        a.treated.shape == a.control.shape == (size, m, cells.n_vars)
+        and a.group.dtype == torch.int64
+    )
+    assert all(
+        torch.equal(x, y) for x, y in zip(used.cell_batch(step, size), fresh.cell_batch(step, size))
+    )
 
 
 @few
 @given(screens, st.integers(1, 6), st.integers(0, 1000), seeds)
 def test_sets_match(raw, m, step, seed):
-    cells = prepare(raw); sampler = SetSampler(cells, m, seed)
+    cells = prepare(raw)
+    sampler = SetSampler(cells, m, seed)
     group, treated, control = sampler.rows(step, 7)
     obs = {k: cells.obs[k].to_numpy(str) for k in ("perturbation", "cell_type", "batch")}
     assert (obs["perturbation"][control] == CONTROL).all()
-    assert (obs["batch"][treated] == obs["batch"][control]).all() and (obs["cell_type"][treated] == obs["cell_type"][control]).all()
-    for key in ("perturbation", "cell_type"): assert (obs[key][treated] == sampler.groups[key].to_numpy(str)[group][:, None]).all()
+    assert (obs["batch"][treated] == obs["batch"][control]).all() and (
+        obs["cell_type"][treated] == obs["cell_type"][control]
+    ).all()
+    for key in ("perturbation", "cell_type"):
+        assert (obs[key][treated] == sampler.groups[key].to_numpy(str)[group][:, None]).all()
     size = sampler.groups.n_cells.to_numpy()[group]
     distinct = np.array([len(set(t)) for t in treated])
     assert (distinct == np.minimum(size, m)).all()
     batch = sampler.batch(step, 7)
     np.testing.assert_array_equal(batch.treated.numpy(), dense(cells.X)[treated])
-    np.testing.assert_array_equal(batch.control_total.numpy(), cells.obs.log_total.to_numpy()[control])
+    np.testing.assert_array_equal(
+        batch.control_total.numpy(), cells.obs.log_total.to_numpy()[control]
+    )
 
 
 def test_training_draws_nothing_held_out():
-    cells = prepare(screen(3, singles=8, pairs=6)); s = split(cells, seed=0)
+    cells = prepare(screen(3, singles=8, pairs=6))
+    s = split(cells, seed=0)
     assert set(SetSampler(s.cells(cells, "train")).groups.perturbation) == set(s.train)
 
 
@@ -471,21 +667,37 @@ def test_a_library_smaller_than_its_genes_is_refused_for_counts_only():
     cells = simulate(n_genes=30, n_perturbations=6, cells_per_perturbation=6, n_controls=12, seed=0)
     summed = np.asarray(cells.X.sum(1)).ravel()
     cells.obs["library"] = summed
-    assert np.allclose(prepare(cells, n_genes=30, total="library").obs.log_total, np.log1p(summed), rtol=1e-5)
+    assert np.allclose(
+        prepare(cells, n_genes=30, total="library").obs.log_total, np.log1p(summed), rtol=1e-5
+    )
     cells.obs.loc["cell3", "library"] = summed[3] - 1
     with pytest.raises(BadCells, match="cell3"): prepare(cells, n_genes=30, total="library")
     cells.obs["library"] = 0.5 * summed
-    logged = cells.copy(); logged.X = cells.X.copy(); logged.X.data = np.log1p(logged.X.data).astype(np.float32)
-    assert prepare(logged, n_genes=30, kind="log1p", total="library").n_obs == cells.n_obs       # logged values do not add up to a library
+    logged = cells.copy()
+    logged.X = cells.X.copy()
+    logged.X.data = np.log1p(logged.X.data).astype(np.float32)
+    # logged values do not add up to a library
+    assert prepare(logged, n_genes=30, kind="log1p", total="library").n_obs == cells.n_obs
 
 
 @pytest.mark.parametrize("kind", ["unseen_gene", "simulation", "unseen_pair", "unseen_context"])
 def test_validation_can_be_left_out_and_shares_are_shares(kind):
-    cells = prepare(simulate(n_genes=60, n_perturbations=24, n_doubles=16, cells_per_perturbation=2, cell_types=3, seed=0), n_genes=60)
+    cells = prepare(
+        simulate(
+            n_genes=60,
+            n_perturbations=24,
+            n_doubles=16,
+            cells_per_perturbation=2,
+            cell_types=3,
+            seed=0,
+        ),
+        n_genes=60,
+    )
     more = dict(context="LINE1") if kind == "unseen_context" else {}
     bare = split(cells, kind, seed=0, val=0, **more)
     assert bare.val == () and not bare.val_contexts and bare.train and bare.test
     full = split(cells, kind, seed=0, **more)
     assert full.val or full.val_contexts
     for wrong in (dict(val=1.5), dict(val=-0.1), dict(test=0), dict(test=1)):
-        with pytest.raises(ValueError, match="not a share"): split(cells, kind, seed=0, **more, **wrong)
+        with pytest.raises(ValueError, match="not a share"):
+            split(cells, kind, seed=0, **more, **wrong)

@@ -10,7 +10,9 @@ from biojepa.model import build, config_from_json, config_to_json, configure, co
 from biojepa.predictor import MaskedPredictor, Predictor, PredictorV03, action_vector, strength
 
 torch.set_num_threads(1)
-G, D, DIMS = 12, 8, (3, 2)
+G = 12
+D = 8
+DIMS = (3, 2)
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)
 
@@ -31,9 +33,11 @@ class Batch:
 
 def actions(seed, n=3, parts=2):
     g = torch.Generator().manual_seed(seed)
-    integers = lambda low, high: torch.randint(low, high, (n, parts), generator=g)
+    def integers(low, high): return torch.randint(low, high, (n, parts), generator=g)
     present = torch.rand(n, parts, len(DIMS), generator=g) < .7
-    features = torch.randn(n, parts, sum(DIMS), generator=g) * present.repeat_interleave(torch.tensor(DIMS), -1)
+    features = torch.randn(n, parts, sum(DIMS), generator=g) * present.repeat_interleave(
+        torch.tensor(DIMS), -1
+    )
     return Batch(features, present, integers(1, len(MODES)), torch.rand(n, parts, generator=g) * 3,
                  integers(0, 3).float(), integers(-1, G), torch.rand(n, parts, generator=g) < .8)
 
@@ -41,7 +45,8 @@ def actions(seed, n=3, parts=2):
 def setup(seed, layers=2):
     torch.manual_seed(seed)
     predictor = Predictor(G, D, 2, layers, DIMS)
-    torch.nn.init.normal_(predictor.tokens.gate.weight); torch.nn.init.normal_(predictor.readout)
+    torch.nn.init.normal_(predictor.tokens.gate.weight)
+    torch.nn.init.normal_(predictor.readout)
     return predictor.requires_grad_(False), torch.randn(1, G, D), torch.randn(G, D)
 
 
@@ -53,9 +58,16 @@ def close(a, b): torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 def test_no_action_is_exactly_no_change(seed):
     predictor, context, identity = setup(seed)
     a = actions(seed)
-    for nothing in (Batch(**{**a.__dict__, "mask": torch.zeros_like(a.mask)}), Batch(**{**a.__dict__, "dose": torch.zeros_like(a.dose)})):
+    for nothing in (
+        Batch(**{**a.__dict__, "mask": torch.zeros_like(a.mask)}),
+        Batch(**{**a.__dict__, "dose": torch.zeros_like(a.dose)}),
+    ):
         change = predictor(context, identity, nothing)
-        assert (change.mean == 0).all() and (change.delta == 0).all() and torch.isfinite(change.log_variance).all()
+        assert (
+            (change.mean == 0).all()
+            and (change.delta == 0).all()
+            and torch.isfinite(change.log_variance).all()
+        )
 
 
 @few
@@ -76,16 +88,21 @@ def test_parts_are_a_set_and_padding_is_nothing(seed):
 def test_missing_source_is_never_read(seed):
     predictor, context, identity = setup(seed)
     a = actions(seed)
-    noise = 10 * torch.randn(a.features.shape) * ~a.present.repeat_interleave(torch.tensor(DIMS), -1)
-    assert torch.equal(predictor(context, identity, Batch(**{**a.__dict__, "features": a.features + noise})).delta,
-                       predictor(context, identity, a).delta)
+    noise = (
+        10 * torch.randn(a.features.shape) * ~a.present.repeat_interleave(torch.tensor(DIMS), -1)
+    )
+    assert torch.equal(
+        predictor(context, identity, Batch(**{**a.__dict__, "features": a.features + noise})).delta,
+        predictor(context, identity, a).delta,
+    )
 
 
 @few
 @given(seeds)
 def test_genes_may_be_shuffled(seed):
     predictor, context, identity = setup(seed)
-    a, order = actions(seed), torch.randperm(G, generator=torch.Generator().manual_seed(seed))
+    a = actions(seed)
+    order = torch.randperm(G, generator=torch.Generator().manual_seed(seed))
     delta = predictor(context, identity, a).delta
     predictor.readout.data = predictor.readout.data[order]
     place = torch.cat([order.argsort(), torch.tensor([-1])])      # -1 stays -1
@@ -107,7 +124,8 @@ def test_shared_context_equals_copies_and_actions_do_not_mix(seed):
 @given(seeds)
 def test_training_noise_is_a_function_of_the_generator(seed):
     predictor, context, identity = setup(seed)
-    a, draw = actions(seed, n=6), lambda s: torch.Generator().manual_seed(s)
+    a = actions(seed, n=6)
+    def draw(s): return torch.Generator().manual_seed(s)
     one, two, other = (predictor(context, identity, a, generator=draw(s)).delta for s in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
     still = Batch(**{**a.__dict__, "mask": torch.zeros_like(a.mask)})
@@ -119,7 +137,9 @@ def test_every_weight_of_the_predictor_learns():
     predictor.requires_grad_(True)
     change = predictor(context, identity, actions(3, n=8))
     sum(x.square().sum() for x in change).backward()
-    assert [n for n, p in predictor.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert [
+        n for n, p in predictor.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ] == []
 
 
 def test_interaction_is_of_second_order():
@@ -128,7 +148,10 @@ def test_interaction_is_of_second_order():
     a.mask = torch.ones_like(a.mask)
     def miss(scale):
         b = Batch(**{**a.__dict__, "dose": torch.full_like(a.dose, 2 ** scale - 1)})
-        both, one, two = (predictor(context, identity, x).delta for x in (b, b.map(lambda v: v[:, :1]), b.map(lambda v: v[:, 1:])))
+        both, one, two = (
+            predictor(context, identity, x).delta
+            for x in (b, b.map(lambda v: v[:, :1]), b.map(lambda v: v[:, 1:]))
+        )
         return ((both - one - two).norm() / both.norm()).item()
     assert 1.5 < miss(.02) / miss(.01) < 2.5
 
@@ -137,7 +160,10 @@ def test_v03_counts_are_law():
     with torch.device("meta"):
         from biojepa.model import WorldModel
         model = WorldModel(configure("v0_3", n_genes=5000))
-    assert count_parameters(model.student) == 6_019_840 and count_parameters(model.predictor) == 7_881_216
+    assert (
+        count_parameters(model.student) == 6_019_840
+        and count_parameters(model.predictor) == 7_881_216
+    )
     assert count_parameters(model.teacher) == 0 and model.masked_predictor is None
 
 
@@ -145,14 +171,18 @@ def test_v02_counts_are_law():
     with torch.device("meta"):
         from biojepa.model import WorldModel
         model = WorldModel(configure("v0_2", n_genes=5000))
-    assert count_parameters(model.student) == 11_139_584 and count_parameters(model.predictor) == 6_853_632
+    assert (
+        count_parameters(model.student) == 11_139_584
+        and count_parameters(model.predictor) == 6_853_632
+    )
     assert count_parameters(model.teacher) == 0 and model.masked_predictor is None
 
 
 def test_v03_cross_attention_cannot_tell_genes_apart():
     torch.manual_seed(0)
     old = PredictorV03(G, D, 2, 1)
-    context, vector = torch.randn(2, G, D), torch.randn(2, 320)
+    context = torch.randn(2, G, D)
+    vector = torch.randn(2, 320)
     old(context, vector)[0].square().sum().backward()
     cross = old.blocks[0].cross
     assert cross.q.weight.grad.norm() < 1e-4 * cross.v.weight.grad.norm()
@@ -172,7 +202,9 @@ def test_action_vector_has_its_width_and_ignores_order(width):
 def test_masked_predictor_answers_each_gene_by_itself():
     torch.manual_seed(0)
     guess = MaskedPredictor(D, 2, layers=2)
-    tokens, summary, identity = torch.randn(2, 5, D), torch.randn(2, 2, D), torch.randn(2, 4, D)
+    tokens = torch.randn(2, 5, D)
+    summary = torch.randn(2, 2, D)
+    identity = torch.randn(2, 4, D)
     answer = guess(tokens, summary, identity)
     close(guess(tokens.flip(1), summary, identity[:, 1:3]), answer[:, 1:3])
     assert (answer[:, 0] - answer[:, 1]).norm() > .01
@@ -182,7 +214,9 @@ def test_masked_predictor_answers_each_gene_by_itself():
 def test_build_is_seeded_and_config_survives(preset):
     config = configure(preset, n_genes=G, width=D, heads=2, layers=1, predictor_layers=1)
     before = torch.random.get_rng_state()
-    one, two, other = build(config), build(config), build(config, seed=1)
+    one = build(config)
+    two = build(config)
+    other = build(config, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
@@ -191,8 +225,13 @@ def test_build_is_seeded_and_config_survives(preset):
 
 @pytest.mark.parametrize("preset", ["base", "v0_3"])
 def test_context_is_a_set_mean_and_both_presets_answer(preset):
-    model = build(configure(preset, n_genes=G, width=D, heads=2, layers=1, predictor_layers=1, feature_dims=DIMS))
-    x, total = torch.rand(2, 5, G), torch.full((2, 5), 8.)
+    model = build(
+        configure(
+            preset, n_genes=G, width=D, heads=2, layers=1, predictor_layers=1, feature_dims=DIMS
+        )
+    )
+    x = torch.rand(2, 5, G)
+    total = torch.full((2, 5), 8.)
     with torch.no_grad():
         state = model.context(x, total)
         close(model.context(x.flip(1), total, chunk=3), state)
@@ -200,19 +239,31 @@ def test_context_is_a_set_mean_and_both_presets_answer(preset):
     assert change.mean.shape == (3, G, D) and (change.delta is None) == (preset == "v0_3")
 
 
-@pytest.mark.parametrize("bad", [dict(preset="v9"), dict(width=30), dict(preset="base", colour="red")])
+@pytest.mark.parametrize(
+    "bad", [dict(preset="v9"), dict(width=30), dict(preset="base", colour="red")]
+)
 def test_bad_configurations_are_refused(bad):
     with pytest.raises((ValueError, TypeError)): configure(**{"n_genes": G, **bad})
 
 
 def test_without_features_targets_still_tell_actions_apart():
     torch.manual_seed(0)
-    bare, a = Predictor(G, D, 2, 1), actions(0, parts=1)
-    a.features, a.present = a.features[..., :0], a.present[..., :0]
-    a.mode, a.dose, a.time, a.mask, a.target = a.mode * 0 + 1, a.dose * 0 + 1, a.time * 0, a.mask | True, torch.tensor([[0], [1], [1]])
+    bare = Predictor(G, D, 2, 1)
+    a = actions(0, parts=1)
+    a.features = a.features[..., :0]
+    a.present = a.present[..., :0]
+    a.mode = a.mode * 0 + 1
+    a.dose = a.dose * 0 + 1
+    a.time = a.time * 0
+    a.mask = a.mask | True
+    a.target = torch.tensor([[0], [1], [1]])
     delta = bare(torch.randn(1, G, D), torch.randn(G, D), a).delta
     assert (delta[0] - delta[1]).abs().max() > 0 and torch.equal(delta[1], delta[2])
 
 
 def test_strength_of_reference_dose_is_one():
-    assert strength(torch.tensor([0., 1., 1.]), torch.tensor([True, True, False])).tolist() == [0, 1, 0]
+    assert strength(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([True, True, False])).tolist() == [
+        0,
+        1,
+        0,
+    ]

@@ -2,21 +2,34 @@
 import numpy as np
 import pytest
 
-from biojepa.cells import prepare
+from biojepa.prepare import prepare
 from biojepa.estimator import BioJEPA
-from biojepa.evaluation import scorecard
+from biojepa.scorecard import scorecard
 from biojepa.probes import embeddings, has_network, probes, untrained
 from biojepa.report import refit_controls
 from biojepa.simulator import simulate, simulated_features
 from biojepa.splits import split
 
-TINY = dict(model=dict(width=16, layers=1, predictor_layers=1, pathways=8), pretraining=dict(steps=4, batch=8), training=dict(steps=4, sets=4), progress=False, device="cpu")
+TINY = dict(
+    model=dict(width=16, layers=1, predictor_layers=1, pathways=8),
+    pretraining=dict(steps=4, batch=8),
+    training=dict(steps=4, sets=4),
+    progress=False,
+    device="cpu",
+)
 
 
 @pytest.fixture(scope="module")
 def screen():
-    cells = prepare(simulate(n_genes=48, n_perturbations=30, cells_per_perturbation=12, seed=1), n_genes=48)
-    return cells, simulated_features(cells), split(cells, "unseen_gene", seed=0), {f"GENE{g}": [f"module {m}"] for g, m in enumerate(cells.uns["truth"]["modules"])}
+    cells = prepare(
+        simulate(n_genes=48, n_perturbations=30, cells_per_perturbation=12, seed=1), n_genes=48
+    )
+    return (
+        cells,
+        simulated_features(cells),
+        split(cells, "unseen_gene", seed=0),
+        {f"GENE{g}": [f"module {m}"] for g, m in enumerate(cells.uns["truth"]["modules"])},
+    )
 
 
 @pytest.mark.parametrize("preset", ["base", "v0_3", "v0_2"])
@@ -24,20 +37,31 @@ def test_every_preset_has_embeddings_of_genes_actions_and_cells(screen, preset):
     cells, features, fold, modules = screen
     model = BioJEPA.fit(cells, fold, preset=preset, features=features, **TINY)
     said = embeddings(model, cells, fold.test)
-    assert list(said["gene"].index) == list(cells.var_names) and list(said["action"].index) == list(fold.test) and set(said["cell"].index) <= set(cells.obs_names)
+    assert (
+        list(said["gene"].index) == list(cells.var_names)
+        and list(said["action"].index) == list(fold.test)
+        and set(said["cell"].index) <= set(cells.obs_names)
+    )
     assert all(np.isfinite(f).all(None) for f in said.values())
     blank = untrained(model, cells)
-    assert blank.floor is None and not np.allclose(embeddings(blank, cells, fold.test)["gene"], said["gene"])
+    assert blank.closed_form is None and not np.allclose(
+        embeddings(blank, cells, fold.test)["gene"], said["gene"]
+    )
     table = probes({"m": model}, cells, fold, modules, features=features)
-    assert {"m", "m, untrained", "features", "PCA of cells"} <= set(table.of) and (table.embedding == "action").any()
+    assert {"m", "m, untrained", "features", "PCA of cells"} <= set(table.of) and (
+        table.embedding == "action"
+    ).any()
 
 
 def test_a_closed_form_has_nothing_to_probe_and_controls_without_network(screen):
     cells, features, fold, modules = screen
-    fit = lambda c, s, f: BioJEPA.fit(c, s, features=f, network=False, progress=False)
+    def fit(c, s, f): return BioJEPA.fit(c, s, features=f, network=False, progress=False)
     model = fit(cells, fold, features)
     assert not has_network(model) and probes({"m": model}, cells, fold, modules) is None
-    assert set(refit_controls(fit, cells, fold, features)) == {"shuffled labels", "shuffled features"}
+    assert set(refit_controls(fit, cells, fold, features)) == {
+        "shuffled labels",
+        "shuffled features",
+    }
 
 
 def test_the_winner_is_the_best_of_the_table_and_the_gap_is_its_lead(screen):
@@ -47,6 +71,8 @@ def test_the_winner_is_the_best_of_the_table_and_the_gap_is_its_lead(screen):
     first = card.winners(metrics=["pearson_delta", "mse"])
     for metric, row in first.iterrows():
         t = card.table[card.table.metric == metric].set_index("model").value
-        assert row["first"] == (t.idxmin() if metric == "mse" else t.idxmax()) and row.difference >= 0
+        assert (
+            row["first"] == (t.idxmin() if metric == "mse" else t.idxmax()) and row.difference >= 0
+        )
         assert np.isclose(row.difference, abs(t[row["first"]] - t[row.second]), atol=1e-6)
         assert row.clear == ("yes" if row.low > 0 else "no")

@@ -11,8 +11,18 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if not any(x.startswith((".", "_")) for x in p.parts[len(ROOT.parts):]))
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "MPLBACKEND": "agg", "TQDM_DISABLE": "1"}
+NOTEBOOKS = sorted(
+    p.relative_to(ROOT).as_posix()
+    for p in (ROOT / "nbs").rglob("*.ipynb")
+    if not any(x.startswith((".", "_")) for x in p.parts[len(ROOT.parts) :])
+)
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "NUMBA_NUM_THREADS": "1",
+    "MPLBACKEND": "agg",
+    "TQDM_DISABLE": "1",
+}
 
 
 def run(*words, cwd=ROOT):
@@ -21,7 +31,8 @@ def run(*words, cwd=ROOT):
 
 @pytest.mark.parametrize("path", NOTEBOOKS)
 def test_notebook(path):
-    "Runs in a process of its own and prints what is stored; `slow`, `gpu` and `data` cells keep their outputs."
+    """Runs in a process of its own and prints what is stored; `slow`, `gpu` and `data` cells keep
+    their outputs."""
     out = run(sys.executable, ".ci/notebooks.py", "compare", path)
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
 
@@ -30,12 +41,29 @@ def test_notebooks_are_clean_and_exported(tmp_path):
     "nbdev_export and nbdev_clean change nothing."
     copy = tmp_path / "copy"
     for name in ("nbs", "biojepa", "settings.ini", "_quarto.yml", "README.md"):
-        subprocess.run(["cp", "-a", ROOT / name, copy / name] if copy.exists() else ["sh", "-c", f"mkdir {copy} && cp -a {ROOT / name} {copy / name}"], check=True)
+        subprocess.run(
+            ["cp", "-a", ROOT / name, copy / name]
+            if copy.exists()
+            else ["sh", "-c", f"mkdir {copy} && cp -a {ROOT / name} {copy / name}"],
+            check=True,
+        )
     for tool in ("nbdev_export", "nbdev_clean"):
         out = run(Path(sys.executable).with_name(tool), cwd=copy)
         assert out.returncode == 0, out.stderr
     for folder in ("nbs", "biojepa"):
-        out = run("diff", "-r", "-q", "-x", "__pycache__", "-x", "sidebar.yml", "-x", ".ipynb_checkpoints", ROOT / folder, copy / folder)
+        out = run(
+            "diff",
+            "-r",
+            "-q",
+            "-x",
+            "__pycache__",
+            "-x",
+            "sidebar.yml",
+            "-x",
+            ".ipynb_checkpoints",
+            ROOT / folder,
+            copy / folder,
+        )
         assert out.returncode == 0, f"run nbdev_export and nbdev_clean, then commit:\n{out.stdout}"
 
 
@@ -48,7 +76,11 @@ def test_library_needs_no_development_package():
     "Users never meet nbdev or fastcore."
     for path in (ROOT / "biojepa").glob("*.py"):
         if path.name == "_modidx.py": continue
-        bad = [l for l in path.read_text().splitlines() if l.startswith(("import ", "from ")) and ("nbdev" in l or "fastcore" in l)]
+        bad = [
+            l
+            for l in path.read_text().splitlines()
+            if l.startswith(("import ", "from ")) and ("nbdev" in l or "fastcore" in l)
+        ]
         assert not bad, f"{path.name}: {bad}"
 
 
@@ -57,17 +89,26 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     program = tmp_path / "fit.py"
     program.write_text(
         "import sys, biojepa as bj\n"
-        "cells = bj.prepare(bj.simulate(n_genes=48, n_perturbations=16, cells_per_perturbation=8, seed=0), n_genes=48)\n"
+        "cells = bj.prepare(bj.simulate(n_genes=48, n_perturbations=16, "
+        "cells_per_perturbation=8, seed=0), n_genes=48)\n"
         "split = bj.split(cells, 'unseen_gene', seed=0)\n"
-        "bj.BioJEPA.fit(cells, split, features=bj.simulated_features(cells), out=sys.argv[1], progress=False, device='cpu',\n"
-        "    model=dict(width=16, layers=1, predictor_layers=1), pretraining=dict(steps=30, checkpoint_every=3),\n"
-        "    training=dict(steps=150, checkpoint_every=3, validate_every=50, patience=9, sets=4, cells=2))\n")
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+        "bj.BioJEPA.fit(cells, split, features=bj.simulated_features(cells), "
+        "out=sys.argv[1], progress=False, device='cpu',\n"
+        "    model=dict(width=16, layers=1, predictor_layers=1), "
+        "pretraining=dict(steps=30, checkpoint_every=3),\n"
+        "    training=dict(steps=150, checkpoint_every=3, validate_every=50, "
+        "patience=9, sets=4, cells=2))\n"
+    )
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
     assert run(sys.executable, program, whole).returncode == 0
-    process = subprocess.Popen([sys.executable, program, broken], env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, program, broken], env=ENV, cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     import time
     from safetensors import safe_open
-    target, steps = broken / "training.safetensors", -1
+    target = broken / "training.safetensors"
+    steps = -1
     for _ in range(3000):
         if process.poll() is not None: break
         if target.exists(): process.kill(); break
@@ -76,7 +117,10 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert process.returncode == -9, "the run ended before it could be killed; make it longer"
     assert not (broken / "model.json").exists()
     assert run(sys.executable, program, broken).returncode == 0
-    with safe_open(whole / "model.safetensors", "np") as a, safe_open(broken / "model.safetensors", "np") as b:
+    with (
+        safe_open(whole / "model.safetensors", "np") as a,
+        safe_open(broken / "model.safetensors", "np") as b,
+    ):
         assert sorted(a.keys()) == sorted(b.keys())
         different = [k for k in a.keys() if not (a.get_tensor(k) == b.get_tensor(k)).all()]
     assert not different, different[:5]
@@ -84,31 +128,58 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
 
 def test_notebooks_are_light():
     "No notebook over 300 KB, so that the site and the repository stay quick."
-    heavy = {p: (ROOT / p).stat().st_size // 1000 for p in NOTEBOOKS if (ROOT / p).stat().st_size > 300_000}
+    heavy = {
+        p: (ROOT / p).stat().st_size // 1000
+        for p in NOTEBOOKS
+        if (ROOT / p).stat().st_size > 300_000
+    }
     assert not heavy, f"KB: {heavy}"
 
 
 def test_pages_tell_what_the_ladder_measured():
-    "Every table under 'On the ladder', once more from the rows: the mean exactly, the ends of its interval from another draw."
+    """Every table under 'On the ladder', once more from the rows:
+
+    the mean exactly, the ends of its interval from another draw.
+    """
     rows = pd.concat([pd.read_csv(ROOT/f"benchmarks/ladder_{s}.csv") for s in ("floor", "network")])
-    kinds = {"network": ("network", "network alone"), "closed form": ("floor", "base, closed form"), "closed form on pairs": ("network", "base, closed form")}
+    kinds = {
+        "network": ("network", "network alone"),
+        "closed form": ("floor", "base, closed form"),
+        "closed form on pairs": ("network", "base, closed form"),
+    }
     told = 0
     for path in NOTEBOOKS:
         for cell in json.loads((ROOT / path).read_text())["cells"]:
             text = "".join(cell["source"])
             if not text.startswith("## On the ladder"): continue
-            (kind, *screens), _, *lines = [[x.strip() for x in l.strip("|").split("|")] for l in text.splitlines() if l.startswith("|")]
+            (kind, *screens), _, *lines = [
+                [x.strip() for x in l.strip("|").split("|")]
+                for l in text.splitlines()
+                if l.startswith("|")
+            ]
             for version, *numbers in lines:
                 for screen, number in zip(screens, numbers, strict=True):
                     stage, whole = kinds[kind.split(':')[0]]
                     t = rows[(rows.stage == stage) & (rows.data == screen.lower())]
-                    if "pairs" in kind: t, version = t[t.perturbation.str.contains("+", regex=False)], "base, closed form: " + version.removeprefix("base, closed form: ")
-                    t = t.pivot_table(index=["perturbation", "seed"], columns="name", values="pearson_pert")[[version, whole]].dropna()
+                    if "pairs" in kind:
+                        t, version = (
+                            t[t.perturbation.str.contains("+", regex=False)],
+                            "base, closed form: " + version.removeprefix("base, closed form: "),
+                        )
+                    t = t.pivot_table(
+                        index=["perturbation", "seed"], columns="name", values="pearson_pert"
+                    )[[version, whole]].dropna()
                     gain = t[version] - t[whole]
                     by = gain.groupby(level=0).agg(["sum", "size"]).to_numpy()
-                    drawn = by[np.random.default_rng(1).integers(len(by), size=(2000, len(by)))].sum(1)
-                    mean, low, high = (float(x) for x in re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", number).groups())
+                    drawn = by[
+                        np.random.default_rng(1).integers(len(by), size=(2000, len(by)))
+                    ].sum(1)
+                    mean, low, high = (
+                        float(x) for x in re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", number).groups()
+                    )
                     assert abs(mean - gain.mean()) < .0006, (path, version, screen)
-                    assert np.abs(np.quantile(drawn[:, 0] / drawn[:, 1], [.025, .975]) - [low, high]).max() < .002 + .1 * (high - low), (path, version, screen)
+                    assert np.abs(
+                        np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]) - [low, high]
+                    ).max() < 0.002 + 0.1 * (high - low), (path, version, screen)
                     told += 1
     assert told > 50

@@ -11,24 +11,58 @@ import torch
 
 import biojepa as bj
 from biojepa.cells import MODES, add_mode
-from biojepa.describe import Symbols
+from biojepa.symbols import Symbols
 from biojepa.featurizers import MissingFeatures
 from biojepa.perturbations import BadAction
-from biojepa.signature_model import (SignatureModel, View, ViewConfig, base_rates, check_signature, conjugate_gradients, paired_auroc, signature_loss,
-                                     stack_weights, unit_features, value_signatures)
-from biojepa.signatures import QUESTIONS, BadSignatures, auroc_interval, gene_auroc, label_pairs, signature_folds, signatures, read_signatures
+from biojepa.signatures import check_signature, value_signatures
+from biojepa.signature_views import View, ViewConfig, base_rates, conjugate_gradients, unit_features
+from biojepa.signature_network import signature_loss
+from biojepa.signature_model import SignatureModel, paired_auroc, stack_weights
+from biojepa.signatures import (
+    QUESTIONS,
+    BadSignatures,
+    auroc_interval,
+    gene_auroc,
+    label_pairs,
+    signature_folds,
+    signatures,
+    read_signatures,
+)
 
-FAST = dict(progress=False, device="cpu", training=dict(steps=40, validate_every=20, width=16, rows=64))
+FAST = dict(
+    progress=False, device="cpu", training=dict(steps=40, validate_every=20, width=16, rows=64)
+)
 
 
 def made_up(P=150, G=16, lines=("one", "two"), seed=0):
-    "Labels of two lines that depend on four hidden directions of the features; half of the entries missing."
+    """Labels of two lines that depend on four hidden directions of the features; half of the
+    entries missing."""
     rng = np.random.default_rng(seed)
-    names, x = [f"P{i}" for i in range(P)], rng.normal(size=(P, 4))
-    w, out = rng.normal(size=(4, G)), []
+    names = [f"P{i}" for i in range(P)]
+    x = rng.normal(size=(P, 4))
+    w = rng.normal(size=(4, G))
+    out = []
     for line in lines:
-        y = np.digitize(x @ (w + 0.3 * rng.normal(size=w.shape)) + 0.7 * rng.normal(size=(P, G)), (-1, 1)) - 1
-        out.append((pd.DataFrame([(p, f"G{g}", y[i, g]) for i, p in enumerate(names) for g in range(G) if rng.random() < 0.5], columns=["pert", "gene", "effect"]), line))
+        y = (
+            np.digitize(
+                x @ (w + 0.3 * rng.normal(size=w.shape)) + 0.7 * rng.normal(size=(P, G)), (-1, 1)
+            )
+            - 1
+        )
+        out.append(
+            (
+                pd.DataFrame(
+                    [
+                        (p, f"G{g}", y[i, g])
+                        for i, p in enumerate(names)
+                        for g in range(G)
+                        if rng.random() < 0.5
+                    ],
+                    columns=["pert", "gene", "effect"],
+                ),
+                line,
+            )
+        )
     return out, {"x": pd.DataFrame(x, index=names)}
 
 
@@ -48,7 +82,12 @@ def model(data):
 
 def aurocs(predicted, sig):
     truth = sig[predicted.obs_names].X
-    return [np.nanmean(gene_auroc(predicted.layers[q], label_pairs(truth, np.zeros(len(truth), int), q, 3))) for q in QUESTIONS]
+    return [
+        np.nanmean(
+            gene_auroc(predicted.layers[q], label_pairs(truth, np.zeros(len(truth), int), q, 3))
+        )
+        for q in QUESTIONS
+    ]
 
 
 def test_one_entry_learns_a_planted_signal(data, model):
@@ -72,7 +111,11 @@ def test_held_out_labels_teach_nothing(data, model):
     t = lies.obs.perturbation.isin(fold.test).values
     lies.X[t] = -1 + 2 * (lies.X[t] == 0) + 0 * lies.X[t]
     other = bj.BioJEPA.fit(lies, fold, features=features, seed=0, **FAST)
-    for q in QUESTIONS: assert np.array_equal(other.predict(sig, list(fold.test)).layers[q], model.predict(sig, list(fold.test)).layers[q])
+    for q in QUESTIONS:
+        assert np.array_equal(
+            other.predict(sig, list(fold.test)).layers[q],
+            model.predict(sig, list(fold.test)).layers[q],
+        )
 
 
 def test_a_perturbation_is_hidden_in_every_line(data):
@@ -85,7 +128,9 @@ def test_save_and_load(data, model, tmp_path):
     sig, fold, _ = data
     model.save(tmp_path)
     again = bj.BioJEPA.load(tmp_path)
-    assert json.loads((tmp_path / "model.json").read_text())["kind"] == "signature" and not list(tmp_path.glob("*.pkl"))
+    assert json.loads((tmp_path / "model.json").read_text())["kind"] == "signature" and not list(
+        tmp_path.glob("*.pkl")
+    )
     a, b = (m.predict(sig, ["P0", "P7", "P149"]) for m in (model, again))
     assert a.obs.equals(b.obs) and list(a.var_names) == list(b.var_names)
     for q in QUESTIONS: assert np.array_equal(a.layers[q], b.layers[q])
@@ -95,7 +140,11 @@ def test_predictions_stay_in_range_and_say_their_support(data, model):
     sig, fold, _ = data
     p = model.predict(sig)
     assert (p.obs_names == sig.obs_names).all()
-    assert 0 <= p.layers["change"].min() and p.layers["change"].max() <= 1 and np.abs(p.layers["direction"]).max() <= 1
+    assert (
+        0 <= p.layers["change"].min()
+        and p.layers["change"].max() <= 1
+        and np.abs(p.layers["direction"]).max() <= 1
+    )
     seen = p.obs.perturbation.isin(fold.train)
     assert (p.obs.support[seen] == 1).all() and (p.obs.support[~seen] < 1).all()
 
@@ -120,8 +169,16 @@ def test_missing_labels_are_missing_to_the_views(data):
     "A row without labels, of an unseen perturbation, changes nothing that training rows said."
     sig, fold, features = data
     rows = sig[sig.obs.perturbation.isin(fold.train + fold.val)].copy()
-    a, b = (bj.BioJEPA.fit(d, fold, features=features, network=False, progress=False) for d in (rows, sig))
-    for q in QUESTIONS: assert np.allclose(a.predict(None, ["P1", "P2"]).layers[q], b.predict(None, ["P1", "P2"]).layers[q], atol=1e-6)
+    a, b = (
+        bj.BioJEPA.fit(d, fold, features=features, network=False, progress=False)
+        for d in (rows, sig)
+    )
+    for q in QUESTIONS:
+        assert np.allclose(
+            a.predict(None, ["P1", "P2"]).layers[q],
+            b.predict(None, ["P1", "P2"]).layers[q],
+            atol=1e-6,
+        )
 
 
 def test_a_view_without_sharing_is_kernel_ridge():
@@ -130,10 +187,15 @@ def test_a_view_without_sharing_is_kernel_ridge():
     x = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(30, 6)), dtype=torch.float32))
     y = torch.tensor(rng.normal(size=(1, 30, 3)), dtype=torch.float32)
     y[torch.tensor(rng.random((1, 30, 3)) < 0.3)] = torch.nan
-    config = ViewConfig(own=1, line=0, alike=0, strength=0, row=0, noise=0.5, rank=30, iterations=300)
-    view = View({"x": 1.0}, config).solve(y, x, torch.arange(30), torch.zeros(30, dtype=torch.long), 1, torch.zeros(3, 6))
+    config = ViewConfig(
+        own=1, line=0, alike=0, strength=0, row=0, noise=0.5, rank=30, iterations=300
+    )
+    view = View({"x": 1.0}, config).solve(
+        y, x, torch.arange(30), torch.zeros(30, dtype=torch.long), 1, torch.zeros(3, 6)
+    )
     got = view(x, torch.zeros(30, dtype=torch.long), torch.arange(3), torch.zeros(3, 6))[0]
-    place = view.places(x); K = place @ place.T
+    place = view.places(x)
+    K = place @ place.T
     for g in range(3):
         s = y[0, :, g].isfinite()
         want = K[:, s] @ torch.linalg.solve(K[s][:, s] + 0.5 * torch.eye(int(s.sum())), y[0, s, g])
@@ -144,22 +206,31 @@ def test_conjugate_gradients_solve():
     A = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
     A = A @ A.transpose(1, 2) + torch.eye(8)
     b = torch.ones(2, 8, 1)
-    assert torch.allclose(conjugate_gradients(lambda v: A @ v, b, 100, 1e-6), torch.linalg.solve(A, b), atol=1e-3)
+    assert torch.allclose(
+        conjugate_gradients(lambda v: A @ v, b, 100, 1e-6), torch.linalg.solve(A, b), atol=1e-3
+    )
 
 
 def test_stack_prefers_the_part_that_says_something():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=4000)
-    good, bad = truth + rng.normal(size=4000), rng.normal(size=4000)
+    good = truth + rng.normal(size=4000)
+    bad = rng.normal(size=4000)
     w = stack_weights(np.stack([good, bad]), truth, pull=0.05)
     assert w[0] > 5 * w[1] >= 0 and (stack_weights(np.stack([-good, bad]), truth) >= 0).all()
-    by_skill, equal = (stack_weights(np.stack([good, good + 0.1 * bad]), truth, s, pull=100) for s in ([0.3, 0.1], None))
-    assert np.isclose(by_skill[0] / by_skill[1], 9, rtol=0.1) and np.isclose(equal[0] / equal[1], 1, rtol=0.1)
+    by_skill, equal = (
+        stack_weights(np.stack([good, good + 0.1 * bad]), truth, s, pull=100)
+        for s in ([0.3, 0.1], None)
+    )
+    assert np.isclose(by_skill[0] / by_skill[1], 9, rtol=0.1) and np.isclose(
+        equal[0] / equal[1], 1, rtol=0.1
+    )
 
 
 def test_paired_interval_is_narrower_than_two(data):
     sig, _, _ = data
-    rng, one = np.random.default_rng(0), np.zeros(sig.n_obs, int)
+    rng = np.random.default_rng(0)
+    one = np.zeros(sig.n_obs, int)
     a = rng.normal(size=sig.shape) + 0.5 * np.nan_to_num(sig.X)
     b = a + 0.1 * rng.normal(size=sig.shape)
     pairs = label_pairs(sig.X, one, "direction")
@@ -171,63 +242,114 @@ def test_paired_interval_is_narrower_than_two(data):
 
 
 def test_values_use_the_same_entry():
-    "Numbers in place of labels, one line, a squared loss; the unseen correlate, and shuffled features do not."
+    """Numbers in place of labels, one line, a squared loss; the unseen correlate, and shuffled
+    features do not."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120, 5))
     y = x @ rng.normal(size=(5, 10)) + rng.normal(size=(120, 10))
     y[rng.random(y.shape) < 0.2] = np.nan
     names = [f"drug {i}" for i in range(120)]
-    sig = value_signatures(pd.DataFrame(y, index=names, columns=[f"G{i}" for i in range(10)]), "all")
-    fold, features = signature_folds(sig, 4, seed=0)[0], {"x": pd.DataFrame(x, index=names)}
+    sig = value_signatures(
+        pd.DataFrame(y, index=names, columns=[f"G{i}" for i in range(10)]), "all"
+    )
+    fold = signature_folds(sig, 4, seed=0)[0]
+    features = {"x": pd.DataFrame(x, index=names)}
     def skill(f):
         p = bj.BioJEPA.fit(sig, fold, features=f, **FAST).predict(sig, list(fold.test))
-        t = sig[list(fold.test)].X; ok = np.isfinite(t)
+        t = sig[list(fold.test)].X
+        ok = np.isfinite(t)
         return np.corrcoef(p.layers["value"][ok], t[ok])[0, 1]
-    assert skill(features) > 0.7 and abs(skill({"x": features["x"].sample(frac=1, random_state=1).set_axis(names)})) < 0.3
+    assert (
+        skill(features) > 0.7
+        and abs(skill({"x": features["x"].sample(frac=1, random_state=1).set_axis(names)})) < 0.3
+    )
 
 
 def test_a_newcomer_brings_its_features_and_a_stranger_is_named(data, model):
     sig, fold, features = data
     known = fold.test[0]
-    told = model.predict(None, ["new", known], features={"x": features["x"].loc[[known]].set_axis(["new"])})
+    told = model.predict(
+        None, ["new", known], features={"x": features["x"].loc[[known]].set_axis(["new"])}
+    )
     for line in model.lines:
-        assert np.allclose(told[f"new@{line}"].X, told[f"{known}@{line}"].X, atol=1e-4) and told.obs.support[f"new@{line}"] == pytest.approx(told.obs.support[f"{known}@{line}"], abs=1e-4)
+        assert np.allclose(
+            told[f"new@{line}"].X, told[f"{known}@{line}"].X, atol=1e-4
+        ) and told.obs.support[f"new@{line}"] == pytest.approx(
+            told.obs.support[f"{known}@{line}"], abs=1e-4
+        )
     with pytest.warns(MissingFeatures, match="new") as caught: blind = model.predict(None, ["new"])
-    assert len(caught) == 1 and (blind.obs.support == 0).all() and (blind.obs.missing == "everything").all() and not np.allclose(blind.X, told[[f"new@{line}" for line in model.lines]].X, atol=1e-3)
+    assert (
+        len(caught) == 1
+        and (blind.obs.support == 0).all()
+        and (blind.obs.missing == "everything").all()
+        and not np.allclose(blind.X, told[[f"new@{line}" for line in model.lines]].X, atol=1e-3)
+    )
     renamed = model.predict(None, ["old"], symbols=Symbols([known], previous={"old": known}))
-    assert np.allclose(renamed.X, told[[f"{known}@{line}" for line in model.lines]].X, atol=1e-4) and list(renamed.obs.perturbation) == ["old"] * 2
-    with pytest.warns(MissingFeatures, match="fitted without text"), pytest.warns(MissingFeatures, match="new"):
-        model.predict(None, ["new"], features={"text": features["x"].loc[[known]].set_axis(["new"])})
+    assert (
+        np.allclose(renamed.X, told[[f"{known}@{line}" for line in model.lines]].X, atol=1e-4)
+        and list(renamed.obs.perturbation) == ["old"] * 2
+    )
+    with (
+        pytest.warns(MissingFeatures, match="fitted without text"),
+        pytest.warns(MissingFeatures, match="new"),
+    ):
+        model.predict(
+            None, ["new"], features={"text": features["x"].loc[[known]].set_axis(["new"])}
+        )
 
 
 def test_added_modes_do_not_disturb_a_model_of_signatures(data, model, tmp_path):
     sig, fold, _ = data
-    first, before = model.predict(None, list(fold.test[:4])), list(MODES)
+    first = model.predict(None, list(fold.test[:4]))
+    before = list(MODES)
     try:
         add_mode("editing")
         assert np.array_equal(model.predict(None, list(fold.test[:4])).X, first.X)
         facts = json.loads((model.save(tmp_path) / "model.json").read_text())
         assert facts["mode_names"][-1] == "editing"
         MODES.names[:] = [*before, "radiation"]
-        assert np.allclose(SignatureModel.load(tmp_path).predict(None, list(fold.test[:4])).X, first.X, atol=1e-6) and "editing" in MODES
+        assert (
+            np.allclose(
+                SignatureModel.load(tmp_path).predict(None, list(fold.test[:4])).X,
+                first.X,
+                atol=1e-6,
+            )
+            and "editing" in MODES
+        )
     finally: MODES.names[:] = before
 
 
 def test_errors_name_what_is_wrong(data, model):
     sig, fold, features = data
-    cells = bj.prepare(bj.simulate(n_genes=30, n_perturbations=8, cells_per_perturbation=6, seed=0), n_genes=30)
-    odd, strange, endless = sig.copy(), sig.copy(), sig.copy()
+    cells = bj.prepare(
+        bj.simulate(n_genes=30, n_perturbations=8, cells_per_perturbation=6, seed=0), n_genes=30
+    )
+    odd = sig.copy()
+    strange = sig.copy()
+    endless = sig.copy()
     odd.X[0, np.isfinite(odd.X[0])] = 0.5
     strange.uns["biojepa"] = strange.uns["biojepa"] | dict(target="colours")
     endless.X[3, 0] = np.inf
-    for bad, word in ((lambda: SignatureModel.fit(cells, fold, features), "not signatures"), (lambda: bj.BioJEPA.fit(sig, fold), "features"),
-                      (lambda: bj.BioJEPA.fit(odd, fold, features=features), "0.5"), (lambda: bj.BioJEPA.fit(strange, fold, features=features), "colours"),
-                      (lambda: bj.BioJEPA.fit(endless, fold, features=features), endless.obs_names[3]), (lambda: bj.BioJEPA.fit(sig, fold, "v0_3", features=features), "v0_3"),
-                      (lambda: model.predict(cells, ["P1"]), "not signatures"), (lambda: model.predict(sig, ["P1"], cell_type="three"), "three"),
-                      (lambda: model.predict(sig[:, :5], ["P1"]), "genes"), (lambda: model.predict(sig, ["P1+P2"]), "ask for P1 and P2 one by one"),
-                      (lambda: model.predict(sig, ["P1"], dose=1), "neither dose nor time"), (lambda: model.predict(sig, ["P1"], mode="magic"), "unknown mode 'magic'; one of CRISPRi")):
+    for bad, word in (
+        (lambda: SignatureModel.fit(cells, fold, features), "not signatures"),
+        (lambda: bj.BioJEPA.fit(sig, fold), "features"),
+        (lambda: bj.BioJEPA.fit(odd, fold, features=features), "0.5"),
+        (lambda: bj.BioJEPA.fit(strange, fold, features=features), "colours"),
+        (lambda: bj.BioJEPA.fit(endless, fold, features=features), endless.obs_names[3]),
+        (lambda: bj.BioJEPA.fit(sig, fold, "v0_3", features=features), "v0_3"),
+        (lambda: model.predict(cells, ["P1"]), "not signatures"),
+        (lambda: model.predict(sig, ["P1"], cell_type="three"), "three"),
+        (lambda: model.predict(sig[:, :5], ["P1"]), "genes"),
+        (lambda: model.predict(sig, ["P1+P2"]), "ask for P1 and P2 one by one"),
+        (lambda: model.predict(sig, ["P1"], dose=1), "neither dose nor time"),
+        (lambda: model.predict(sig, ["P1"], mode="magic"), "unknown mode 'magic'; one of CRISPRi"),
+    ):
         with pytest.raises(BadSignatures, match=word): bad()
-    with pytest.raises(ValueError, match="signatures, not cells.*score_signatures") as said: bj.scorecard(sig, fold, {"base": model})
-    module, name, wants = re.search(r"(biojepa\.\w+)\.(\w+)\((.*)\)", str(said.value)).groups()                      # what it points to is there, and takes that
-    assert list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)[:3] == wants.split(", ")
+    with pytest.raises(ValueError, match="signatures, not cells.*score_signatures") as said:
+        bj.scorecard(sig, fold, {"base": model})
+    # what it points to is there, and takes that
+    module, name, wants = re.search(r"(biojepa\.\w+)\.(\w+)\((.*)\)", str(said.value)).groups()
+    assert list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)[
+        :3
+    ] == wants.split(", ")
     with pytest.raises(BadAction, match="cut a bracket in two"): model.predict(sig, ["C[N+](C)C"])

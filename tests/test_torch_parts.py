@@ -8,15 +8,31 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from biojepa.attention import Block, CrossAttention, LinearAttention, MLP, linear_attention, softmax_attention
+from biojepa.attention import (
+    Block,
+    CrossAttention,
+    LinearAttention,
+    MLP,
+    linear_attention,
+    softmax_attention,
+)
 from biojepa.encoder import Encoder, EncoderV03, GeneTokens, value_features
-from biojepa.losses import (effect_loss, effective_rank, energy_distance, gaussian_nll, inverse_dynamics, l1_latent,
-                            vicreg, vicreg_flat)
+from biojepa.losses import (
+    effect_loss,
+    effective_rank,
+    energy_distance,
+    gaussian_nll,
+    inverse_dynamics,
+    l1_latent,
+    vicreg,
+    vicreg_flat,
+)
 from biojepa.teacher import Teacher, momentum_schedule, random_mask
 
 torch.set_num_threads(1)
 few = settings(max_examples=20, deadline=None)
-seeds, sizes = st.integers(0, 10_000), st.integers(1, 9)
+seeds = st.integers(0, 10_000)
+sizes = st.integers(1, 9)
 close = torch.testing.assert_close
 
 
@@ -25,7 +41,7 @@ def count(module): return sum(p.numel() for p in module.parameters())
 
 def qkv(seed, n, m, b=2, h=2, d=4):
     g = torch.Generator().manual_seed(seed)
-    r = lambda k: 3 * torch.randn(b, h, k, d, generator=g)
+    def r(k): return 3 * torch.randn(b, h, k, d, generator=g)
     return r(n), r(m), r(m), torch.rand(b, m, generator=g) < .6
 
 
@@ -37,7 +53,9 @@ def cells(seed, b=3, n=10):
 def encoder(seed, n=10, d=8, layers=2, **kw):
     torch.manual_seed(seed)
     g = torch.Generator().manual_seed(seed)
-    return Encoder(n, d, 2, layers, **kw).set_reference(torch.rand(n, generator=g), torch.rand(n, generator=g))
+    return Encoder(n, d, 2, layers, **kw).set_reference(
+        torch.rand(n, generator=g), torch.rand(n, generator=g)
+    )
 
 
 # attention
@@ -58,26 +76,42 @@ def test_masked_keys_are_absent_and_nobody_is_silence(seed, n, m):
     for attend in (linear_attention, softmax_attention):
         out = attend(q, k, v, mask)
         for b in range(2):
-            if not mask[b].any(): assert (out[b] == 0).all()
-            else: close(out[b:b + 1], attend(q[b:b + 1], k[b:b + 1, :, mask[b]], v[b:b + 1, :, mask[b]]), atol=1e-4, rtol=1e-4)
+            if not mask[b].any():
+                assert (out[b] == 0).all()
+            else:
+                close(
+                    out[b : b + 1],
+                    attend(q[b : b + 1], k[b : b + 1, :, mask[b]], v[b : b + 1, :, mask[b]]),
+                    atol=1e-4,
+                    rtol=1e-4,
+                )
 
 
 @few
 @given(seeds, sizes)
 def test_one_key_says_the_same_to_every_query(seed, n):
     q, k, v, _ = qkv(seed, n, 1)
-    for attend in (linear_attention, softmax_attention): close(attend(q, k, v), v.expand_as(q), atol=1e-4, rtol=1e-4)
+    for attend in (linear_attention, softmax_attention):
+        close(attend(q, k, v), v.expand_as(q), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("width,heads", [(8, 2), (64, 4), (256, 4), (256, 8)])
 def test_counts(width, heads):
-    assert count(LinearAttention(width, heads)) == count(CrossAttention(width, heads)) == 4 * width**2 + 4 * width
+    assert (
+        count(LinearAttention(width, heads))
+        == count(CrossAttention(width, heads))
+        == 4 * width**2 + 4 * width
+    )
     assert count(MLP(width)) == 8 * width**2 + 5 * width
     assert count(Block(width, heads)) == 12 * width**2 + 13 * width
 
 
 def test_counts_of_the_seed():
-    assert [count(m) for m in (LinearAttention(256, 4), MLP(256), Block(256, 4))] == [263_168, 525_568, 789_760]
+    assert [count(m) for m in (LinearAttention(256, 4), MLP(256), Block(256, 4))] == [
+        263_168,
+        525_568,
+        789_760,
+    ]
     with torch.device("meta"): assert count(EncoderV03(5000, 256, 4, 6)) == 6_019_840
 
 
@@ -85,7 +119,9 @@ def test_counts_of_the_seed():
 @given(seeds, st.integers(2, 9))
 def test_a_block_treats_tokens_as_a_set(seed, n):
     torch.manual_seed(seed)
-    block, x, order = Block(8, 2), torch.randn(2, n, 8), torch.randperm(n)
+    block = Block(8, 2)
+    x = torch.randn(2, n, 8)
+    order = torch.randperm(n)
     close(block(x)[:, order], block(x[:, order]))
 
 
@@ -99,7 +135,8 @@ def test_heads_must_divide_the_width():
 @given(seeds)
 def test_v03_faults_are_kept(seed):
     torch.manual_seed(seed)
-    old, (x, total) = EncoderV03(10, 8, 2, 2), cells(seed)
+    old = EncoderV03(10, 8, 2, 2)
+    (x, total) = cells(seed)
     hidden = torch.rand(3, 10) < .5
     with torch.no_grad(): plain, guess = old(x, total), old(x, total, hidden)
     for b in range(3):
@@ -117,9 +154,12 @@ def test_silent_genes_keep_their_names(seed):
 @few
 @given(seeds, st.integers(1, 10))
 def test_the_order_of_visible_genes_does_not_matter(seed, k):
-    model, (x, total) = encoder(seed), cells(seed)
-    visible, order = torch.rand(3, 10).argsort(1)[:, :k], torch.randperm(k)
-    with torch.no_grad(): (a, s), (b, t) = model(x, total, visible), model(x, total, visible[:, order])
+    model = encoder(seed)
+    (x, total) = cells(seed)
+    visible = torch.rand(3, 10).argsort(1)[:, :k]
+    order = torch.randperm(k)
+    with torch.no_grad():
+        (a, s), (b, t) = model(x, total, visible), model(x, total, visible[:, order])
     close(a[:, order], b, atol=1e-4, rtol=1e-4)
     close(s, t, atol=1e-4, rtol=1e-4)
 
@@ -127,25 +167,32 @@ def test_the_order_of_visible_genes_does_not_matter(seed, k):
 @few
 @given(seeds, st.integers(1, 9))
 def test_hidden_genes_have_no_say(seed, k):
-    model, (x, total) = encoder(seed), cells(seed)
+    model = encoder(seed)
+    (x, total) = cells(seed)
     visible, masked = random_mask(3, 10, (10 - k) / 10, torch.Generator().manual_seed(seed))
-    with torch.no_grad(): a = model(x, total, visible); b = model(x.scatter(1, masked, 9.), total, visible)
+    with torch.no_grad():
+        a = model(x, total, visible)
+        b = model(x.scatter(1, masked, 9.0), total, visible)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 @few
 @given(seeds)
 def test_cells_do_not_hear_each_other(seed):
-    model, (x, total) = encoder(seed), cells(seed)
+    model = encoder(seed)
+    (x, total) = cells(seed)
     with torch.no_grad(): close(model(x[1:2], total[1:2])[0], model(x, total)[0][1:2])
 
 
 def test_reference_is_stored_and_checked():
-    a, b = encoder(1), encoder(2)
+    a = encoder(1)
+    b = encoder(2)
     b.load_state_dict(a.state_dict())
     assert torch.equal(a.embed.mean, b.embed.mean) and a.embed.sd.min() >= .1
-    with pytest.raises(ValueError, match="10 genes"): GeneTokens(10, 8).set_reference(torch.zeros(9), torch.ones(9))
-    with pytest.raises(ValueError, match="gene 3"): GeneTokens(10, 8).set_reference(np.where(np.arange(10) == 3, np.nan, 0), np.ones(10))
+    with pytest.raises(ValueError, match="10 genes"):
+        GeneTokens(10, 8).set_reference(torch.zeros(9), torch.ones(9))
+    with pytest.raises(ValueError, match="gene 3"):
+        GeneTokens(10, 8).set_reference(np.where(np.arange(10) == 3, np.nan, 0), np.ones(10))
 
 
 def test_z_scores_of_the_reference():
@@ -160,7 +207,7 @@ def test_z_scores_of_the_reference():
 @few
 @given(seeds, st.integers(2, 30), st.floats(.05, .95))
 def test_masks_are_partitions(seed, n, fraction):
-    draw = lambda: random_mask(4, n, fraction, torch.Generator().manual_seed(seed))
+    def draw(): return random_mask(4, n, fraction, torch.Generator().manual_seed(seed))
     if not 0 < round(fraction * n) < n:
         with pytest.raises(ValueError): draw()
         return
@@ -175,22 +222,30 @@ def test_masks_are_partitions(seed, n, fraction):
 def test_ema_closed_form(seed, m, steps):
     torch.manual_seed(seed)
     student = torch.nn.Linear(2, 3)
-    teacher, start = Teacher(student, m), student.weight.detach().double()
+    teacher = Teacher(student, m)
+    start = student.weight.detach().double()
     past = []
     for _ in range(steps):
         with torch.no_grad(): student.weight.normal_()
-        past.append(student.weight.detach().double()); teacher.update(student)
+        past.append(student.weight.detach().double())
+        teacher.update(student)
     expected = m**steps * start + (1 - m) * sum(m**(steps - 1 - i) * s for i, s in enumerate(past))
     close(teacher.encoder.weight.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_teacher_is_frozen_and_normalised():
     student = encoder(0)
-    teacher, (x, total) = Teacher(student).train(), cells(0)
+    teacher = Teacher(student).train()
+    (x, total) = cells(0)
     y = teacher(x, total)
-    assert not teacher.encoder.training and not y.requires_grad and not any(p.requires_grad for p in teacher.parameters())
+    assert (
+        not teacher.encoder.training
+        and not y.requires_grad
+        and not any(p.requires_grad for p in teacher.parameters())
+    )
     close(y.mean(-1), torch.zeros(3, 10), atol=1e-5, rtol=0)
-    student.set_reference(torch.full((10,), .5), torch.ones(10)); teacher.update(student, momentum=1.)
+    student.set_reference(torch.full((10,), .5), torch.ones(10))
+    teacher.update(student, momentum=1.)
     assert torch.equal(teacher.encoder.embed.mean, student.embed.mean)
     with pytest.raises(ValueError): teacher.update(encoder(0, layers=1))
 
@@ -198,7 +253,11 @@ def test_teacher_is_frozen_and_normalised():
 @given(st.integers(1, 300), st.floats(.5, 1), st.floats(.5, 1))
 def test_schedule_stays_between_its_ends(total, a, b):
     path = [momentum_schedule(i, total, a, b) for i in range(total + 3)]
-    assert math.isclose(path[0], a) and (total == 1 or math.isclose(path[total - 1], b)) and path[-1] == path[total]
+    assert (
+        math.isclose(path[0], a)
+        and (total == 1 or math.isclose(path[total - 1], b))
+        and path[-1] == path[total]
+    )
     assert all(min(a, b) - 1e-9 <= m <= max(a, b) + 1e-9 for m in path)
 
 
@@ -212,7 +271,8 @@ def test_gaussian_nll_is_the_density(seed, n):
 
 
 def test_l1_leaves_the_target_alone():
-    a, b = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    a = torch.randn(4, requires_grad=True)
+    b = torch.randn(4, requires_grad=True)
     l1_latent(a, b).backward()
     assert b.grad is None and torch.equal(a.grad.abs(), torch.full((4,), .25))
 
@@ -237,7 +297,11 @@ def test_vicreg_of_a_batch_in_any_order():
 @given(seeds)
 def test_effect_loss_between_perfect_and_no_skill(seed):
     g = torch.Generator().manual_seed(seed)
-    delta, centre, w, unit = torch.randn(3, 5, generator=g), torch.randn(5, generator=g), *torch.rand(2, 5, generator=g).add(.1)
+    delta, centre, w, unit = (
+        torch.randn(3, 5, generator=g),
+        torch.randn(5, generator=g),
+        *torch.rand(2, 5, generator=g).add(0.1),
+    )
     assert effect_loss(delta, delta, centre, w) == 0
     close(effect_loss(centre.expand(3, -1), delta, centre, w), torch.tensor(1.))
     half = (delta + centre) / 2
@@ -249,7 +313,8 @@ def test_effect_loss_between_perfect_and_no_skill(seed):
 @given(seeds, sizes, sizes)
 def test_energy_distance_is_scipys(seed, n, m):
     g = np.random.default_rng(seed)
-    a, b = g.normal(size=n), g.normal(size=m)
+    a = g.normal(size=n)
+    b = g.normal(size=m)
     ours = energy_distance(torch.tensor(a)[:, None], torch.tensor(b)[:, None]).item()
     assert abs(ours - stats.energy_distance(a, b)**2) < 1e-9 and ours > -1e-12
 
@@ -263,7 +328,12 @@ def test_energy_distance_of_equal_sets_is_zero(seed, n, d):
 
 def test_inverse_dynamics_without_and_with_skill():
     for n in (2, 5, 11):
-        close(inverse_dynamics(torch.randn(n, 4), torch.ones(n, 4), torch.arange(n)).item(), math.log(n), atol=1e-4, rtol=0)
+        close(
+            inverse_dynamics(torch.randn(n, 4), torch.ones(n, 4), torch.arange(n)).item(),
+            math.log(n),
+            atol=1e-4,
+            rtol=0,
+        )
         assert inverse_dynamics(torch.eye(n), torch.eye(n), torch.arange(n)) < .01
         assert inverse_dynamics(torch.randn(n, 4), torch.randn(n, 4), torch.zeros(n).long()) == 0
 
@@ -272,6 +342,10 @@ def test_inverse_dynamics_without_and_with_skill():
 @given(seeds, st.integers(1, 6))
 def test_effective_rank_counts_directions(seed, k):
     torch.manual_seed(seed)
-    z = torch.linalg.qr(torch.randn(30, 6))[0][:, :k] @ torch.linalg.qr(torch.randn(9, 9))[0][:k] * 30**.5
+    z = (
+        torch.linalg.qr(torch.randn(30, 6))[0][:, :k]
+        @ torch.linalg.qr(torch.randn(9, 9))[0][:k]
+        * 30**0.5
+    )
     assert abs(effective_rank(z, centre=False) - k) < 1e-2
     assert effective_rank(torch.ones(30, 4) + 1e-6 * torch.randn(30, 4)) == 0

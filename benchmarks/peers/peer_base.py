@@ -10,15 +10,33 @@ from handed import Task
 
 def main():
     task = Task.from_command_line()
-    split, f = Split.from_dict(task.told["split"]), task.features
+    split = Split.from_dict(task.told["split"])
+    f = task.features
     known = dict(zip(f.uns["sources"], f.obsm["known"].astype(bool).T))
-    table = {s: pd.DataFrame(np.asarray(f[k, f.var.source == s].X), f.obs_names[k]) for s, k in known.items()}
+    table = {
+        s: pd.DataFrame(np.asarray(f[k, f.var.source == s].X), f.obs_names[k])
+        for s, k in known.items()
+    }
     given = budget(1 if task.dataset.startswith("sim") else 6, task.quick)["base"]
-    model = bj.BioJEPA.fit(task.cells, split, preset="base", features=table, seed=task.seed, progress=False, device="cpu", **given)
+    model = bj.BioJEPA.fit(
+        task.cells,
+        split,
+        preset="base",
+        features=table,
+        seed=task.seed,
+        progress=False,
+        device="cpu",
+        **given,
+    )
     out = model.predict(task.cells, list(task.test))
     delta = dict(zip(out.obs.perturbation, np.asarray(out.layers["delta"])))
-    steps = f"{given['pretraining']['steps']} + up to {given['training']['steps']} steps, stopped on validation"
-    task.answer(delta, "biojepa", steps, "ours, whitened", note=f"gate of the network {model.gate:.2f}")
+    steps = (
+        f"{given['pretraining']['steps']} + up to {given['training']['steps']} "
+        "steps, stopped on validation"
+    )
+    task.answer(
+        delta, "biojepa", steps, "ours, whitened", note=f"gate of the network {model.gate:.2f}"
+    )
 
 
 main()

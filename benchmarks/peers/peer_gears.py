@@ -13,11 +13,16 @@ from gears import GEARS, PertData
 
 from handed import Task
 
-EPOCHS, NEIGHBOURS = 20, 20        # its own defaults; it keeps the epoch with the lowest validation error of the top 20 genes
+# its own defaults; it keeps the epoch with the lowest validation error of the top 20 genes
+EPOCHS = 20
+NEIGHBOURS = 20
 
 
 def similarity_graph(table, order):
-    "Edges [2, E] from each gene's most similar others, and their weights: cosine of the features, where it is above zero."
+    """Edges [2, E] from each gene's most similar others, and their weights:
+
+    cosine of the features, where it is above zero.
+    """
     x = table.loc[order].to_numpy()
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     cosine = x @ x.T
@@ -27,48 +32,76 @@ def similarity_graph(table, order):
     weight = cosine[to, near.ravel()]
     edges = np.stack([near.ravel(), to])[:, weight > 0]
     own = np.arange(len(order))
-    edges, weight = np.hstack([edges, [own, own]]), np.concatenate([weight[weight > 0], np.ones(len(own))])
+    edges = np.hstack([edges, [own, own]])
+    weight = np.concatenate([weight[weight > 0], np.ones(len(own))])
     return torch.tensor(edges, dtype=torch.long), torch.tensor(weight, dtype=torch.float32)
 
 
 def screen(task, table):
     "The cells in GEARS's words, those whose targets have features."
-    label = lambda n: "ctrl" if n == task.control else n if "+" in n else f"{n}+ctrl"
-    known = np.array([n == task.control or all(p in table.index for p in task.parts(n)) for n in task.names])
+    def label(n): return "ctrl" if n == task.control else n if "+" in n else f"{n}+ctrl"
+    known = np.array(
+        [n == task.control or all(p in table.index for p in task.parts(n)) for n in task.names]
+    )
     cells = task.cells[known].copy()
-    cells.obs = pd.DataFrame({"condition": pd.Categorical([label(n) for n in task.names[known]]), "cell_type": "one"}, index=cells.obs_names)
+    cells.obs = pd.DataFrame(
+        {"condition": pd.Categorical([label(n) for n in task.names[known]]), "cell_type": "one"},
+        index=cells.obs_names,
+    )
     cells.var["gene_name"] = cells.var_names
     cells.X = scipy.sparse.csr_matrix(cells.X)
-    cells.uns, kept = {}, set(task.names[known])
+    cells.uns = {}
+    kept = set(task.names[known])
     return cells, {p: [label(n) for n in getattr(task, p) if n in kept] for p in ("train", "val")}
 
 
 def main():
     task = Task.from_command_line()
     torch.manual_seed(task.seed)
-    table, folder = task.white(), task.scratch()
-    targets = sorted({p for n in task.train + task.val + task.test for p in task.parts(n)} & set(table.index))
-    (folder/"gene2go_all.pkl").write_bytes(pickle.dumps({g: {g} for g in targets}))        # where GEARS looks for its terms
+    table = task.white()
+    folder = task.scratch()
+    targets = sorted(
+        {p for n in task.train + task.val + task.test for p in task.parts(n)} & set(table.index)
+    )
+    # where GEARS looks for its terms
+    (folder/"gene2go_all.pkl").write_bytes(pickle.dumps({g: {g} for g in targets}))
     (folder/"targets.pkl").write_bytes(pickle.dumps(targets))
     cells, parts = screen(task, table)
     data = PertData(str(folder), gene_set_path=str(folder/"targets.pkl"), default_pert_graph=False)
     data.new_data_process("screen", adata=cells)
-    (folder/"split.pkl").write_bytes(pickle.dumps({"train": ["ctrl", *parts["train"]], "val": parts["val"], "test": parts["val"]}))
+    (folder / "split.pkl").write_bytes(
+        pickle.dumps(
+            {"train": ["ctrl", *parts["train"]], "val": parts["val"], "test": parts["val"]}
+        )
+    )
     data.prepare_split(split="custom", split_dict_path=str(folder/"split.pkl"))
     data.get_dataloader(batch_size=32, test_batch_size=128)
-    del data.dataloader["test_loader"]                                                      # nothing to test on here
+    # nothing to test on here
+    del data.dataloader["test_loader"]
     model = GEARS(data, device="cpu")
     edges, weight = similarity_graph(table, list(data.pert_names))
     model.model_initialize(hidden_size=64, G_go=edges, G_go_weight=weight)
     epochs = task.epochs(EPOCHS, quick=1)
     model.train(epochs=epochs)
-    known, base = [n for n in task.test if all(p in data.pert_names for p in task.parts(n))], task.control_mean()
+    known = [n for n in task.test if all(p in data.pert_names for p in task.parts(n))]
+    base = task.control_mean()
     said = model.predict([task.parts(n) for n in known])
     delta = {n: said["_".join(task.parts(n))] - base for n in known}
     delta.update({n: task.average() for n in task.test if n not in delta})
     lost = [n for n in task.test if n not in known]
-    note = "perturbation graph from the cosine of our features instead of GO" + (f"; no features for {', '.join(lost)}: answered by the average training effect" if lost else "")
-    task.answer(delta, "cell-gears", f"{epochs} of {EPOCHS}, the best on validation kept", "ours, as graph", epochs < EPOCHS, note)
+    note = "perturbation graph from the cosine of our features instead of GO" + (
+        (f"; no features for {', '.join(lost)}: answered by the average training effect")
+        if lost
+        else ""
+    )
+    task.answer(
+        delta,
+        "cell-gears",
+        f"{epochs} of {EPOCHS}, the best on validation kept",
+        "ours, as graph",
+        epochs < EPOCHS,
+        note,
+    )
 
 
 main()

@@ -13,7 +13,7 @@ def main():
     torch.manual_seed(task.seed)
     table = task.white()
     none = pd.DataFrame(0.0, ["ctrl"], table.columns)
-    label = lambda n: "ctrl" if n == task.control else n if "+" in n else f"{n}+ctrl"
+    def label(n): return "ctrl" if n == task.control else n if "+" in n else f"{n}+ctrl"
     known = [n for n in task.test if all(p in table.index for p in task.parts(n))]
     cells = task.cells
     cells.obs["condition"] = pd.Categorical([label(n) for n in task.names])
@@ -28,13 +28,23 @@ def main():
     model.model_init()
     epochs = task.epochs(EPOCHS)
     model.train(n_epochs=epochs)
-    done, base = len(model.loss_history["train_loss"]), task.control_mean()
+    done = len(model.loss_history["train_loss"])
+    base = task.control_mean()
     said = model.pred([label(n) for n in known], seed=task.seed)
     delta = {n: said[label(n)].mean(0) - base for n in known}
     delta.update({n: task.average() for n in task.test if n not in delta})
     lost = [n for n in task.test if n not in known]
-    task.answer(delta, "scouter-learn", f"{done} of {EPOCHS}, " + ("stopped on validation loss" if done < epochs else "never stopped by validation"), "ours, whitened", done == epochs < EPOCHS,
-                f"no features for {', '.join(lost)}: answered by the average training effect" if lost else "")
+    task.answer(
+        delta,
+        "scouter-learn",
+        f"{done} of {EPOCHS}, "
+        + ("stopped on validation loss" if done < epochs else "never stopped by validation"),
+        "ours, whitened",
+        done == epochs < EPOCHS,
+        (f"no features for {', '.join(lost)}: answered by the average training effect")
+        if lost
+        else "",
+    )
 
 
 main()
