@@ -141,10 +141,10 @@ def test_pages_tell_what_the_ladder_measured():
 
     the mean exactly, the ends of its interval from another draw.
     """
-    rows = pd.concat([pd.read_csv(ROOT/f"benchmarks/ladder_{s}.csv") for s in ("floor", "network")])
+    rows = pd.concat([pd.read_csv(ROOT/f"benchmarks/ladder_{s}.csv") for s in ("closed_form", "network")])
     kinds = {
         "network": ("network", "network alone"),
-        "closed form": ("floor", "base, closed form"),
+        "closed form": ("closed_form", "base, closed form"),
         "closed form on pairs": ("network", "base, closed form"),
     }
     told = 0
