@@ -32,14 +32,14 @@ def skipped(source, on):
 
 
 def text_of(outputs):
-    """The text that a reader sees:
-
-    streams and plain results. Pictures are left out, their bytes vary with fonts.
-    """
+    """Streams and results as a reader sees them; no pictures, whose bytes vary with fonts."""
     out = []
     for o in outputs:
-        if o["output_type"] == "stream": out.append("".join(o["text"]))
-        else: out.append("".join(o.get("data", {}).get("text/plain", "")))
+        if o["output_type"] == "stream":
+            out.append("".join(o["text"]))
+        else:
+            data = o.get("data", {})
+            out.append("".join(data.get("text/markdown") or data.get("text/plain", "")))
     return re.sub(r"<Figure size .*?>|<Axes.*?>", "", "".join(out)).strip()
 
 

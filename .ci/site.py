@@ -16,6 +16,26 @@ KATEX = ROOT / ".venv/katex/node_modules/katex/dist"
 WIDTHS = (390, 1400)
 
 
+def document_methods():
+    "nbdev gives an entry to functions and classes; here public methods of class bodies get one too."
+    import ast
+    from nbdev import processors
+    plain = processors._def_names
+
+    def with_methods(cell, shown):
+        names = plain(cell, shown)
+        for c in cell.parsed_() or []:
+            if not isinstance(c, ast.ClassDef) or c.name not in names: continue
+            own = [f for f in c.body if isinstance(f, ast.FunctionDef) and f.name[0] != "_" and not f.decorator_list]
+            names = [*[f"{c.name}.{f.name}" for f in reversed(own)], *names]   # they are put in front of each other
+        return names
+
+    processors._def_names = with_methods
+
+
+document_methods()                                           # in the worker processes too, which read this file
+
+
 def page_names():
     """Processed notebook -> the name that its front matter asks for:
 
@@ -81,16 +101,24 @@ LOOK = """() => ({
   math: document.querySelectorAll('.math').length,
   text: [...document.querySelectorAll('main p, main li, main h1, main h2, main h3, main td')].filter(e => !e.closest('pre, code, .katex, .cell-output')).map(e => {
     const c = e.cloneNode(true); c.querySelectorAll('code, pre, .katex').forEach(x => x.remove()); return c.textContent}).join('\\n'),
+  cut: [...document.querySelectorAll('main pre, main table, main .sd-table, main .cell-output-display')].filter(e => {
+    if (e.scrollWidth <= e.clientWidth + 1 || !e.clientWidth) return false;
+    let box = e;                                     // the bar may belong to a box around it
+    while (box && box.tagName != 'MAIN' && !['auto', 'scroll'].includes(getComputedStyle(box).overflowX)) box = box.parentElement;
+    return !box || box.tagName == 'MAIN' || box.offsetHeight - box.clientHeight < 4;
+  }).map(e => e.innerText.slice(0, 60)),
+  tall: [...document.querySelectorAll('main tr')].filter(e => e.getBoundingClientRect().height >= 130).map(e => e.innerText.slice(0, 60)),
   wide: document.documentElement.scrollWidth - window.innerWidth })"""
 
 
 def visit(page, url, messages):
-    "What a browser sees at the narrow and at the wide width."
+    "What a browser sees at the narrow and at the wide width; what is wrong at either stays."
     messages.clear()
     page.goto(url, wait_until="load")
     page.wait_for_timeout(150)
     seen = None
     wide = {}
+    cut = {}
     for w in WIDTHS:
         page.set_viewport_size({"width": w, "height": 900})
         page.evaluate(
@@ -100,6 +128,9 @@ def visit(page, url, messages):
         page.evaluate("() => Promise.all([...document.images].map(e => e.decode().catch(() => 0)))")
         seen = page.evaluate(LOOK)
         wide[w] = seen["wide"]
+        cut |= {x: f"at {w}: cut without a bar: {x!r}" for x in seen["cut"]}
+        cut |= {x: f"at {w}: a row 130 px high or more: {x!r}" for x in seen["tall"]}
+    seen["boxes"] = list(cut.values())
     return seen, wide, [m for m in messages if "ERR_FAILED" not in m]
 
 
@@ -112,6 +143,7 @@ def faults(name, seen, wide, console, source):
         out.append(f"{seen['math']} formulas, {seen['formulas']} rendered")
     if source and not seen["formulas"]: out.append("the notebook has formulas, the page has none")
     out += [f"raw {x!r} in the text" for x in ("$$", ":::", "#|", "@fig-") if x in seen["text"]]
+    out += seen["boxes"]
     out += [f"{x} px too wide at {w}" for w, x in wide.items() if x > 2]
     return [f"{name}: {x}" for x in out]
 
@@ -126,7 +158,8 @@ def has_formula(name):
 
 
 BAD = """<title>a page with every fault</title><h1>bad</h1><main><p>raw $$x$$ and ::: and #| and @fig-1</p><img src="none.png">
-<a href="none.html">x</a><a href="index.html#none">y</a><span class="math">z</span><div style="width:3000px">wide</div></main><script>nothing()</script>"""
+<a href="none.html">x</a><a href="index.html#none">y</a><span class="math">z</span><div style="width:3000px">wide</div>
+<pre style="overflow:hidden;width:200px">a box whose end is cut and has no bar to scroll it with</pre><table><tr style="height:200px"><td>tall</td></tr></table></main><script>nothing()</script>"""
 CAUGHT = (
     "console:",
     "picture not loaded",
@@ -136,6 +169,8 @@ CAUGHT = (
     "raw '#|'",
     "raw '@fig-'",
     "too wide at 390",
+    "cut without a bar",
+    "a row 130 px high",
     "link to nothing",
     "no anchor #none",
 )
@@ -152,7 +187,7 @@ def browse(shots=None):
     pages = sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.html"))
     bad = []
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chrome, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=chrome, args=["--no-sandbox"], ignore_default_args=["--hide-scrollbars"])
         page = browser.new_page()
         messages = []
         found = {}

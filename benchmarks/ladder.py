@@ -1,7 +1,7 @@
 """The ladder: every version of the model, and every baseline, on perturbations that nobody chose.
 
-    python benchmarks/ladder.py floor            # closed form, its terms, all baselines: simulator (1,000 genes, five folds, three seeds) and real screens
-    python benchmarks/ladder.py network          # networks with each part off, without the floor: simulator and Norman (256 genes, singles and pairs), three seeds
+    python benchmarks/ladder.py closed_form          # closed form, its terms, all baselines: simulator (1,000 genes, five folds, three seeds) and real screens
+    python benchmarks/ladder.py network          # networks with each part off, without the closed form: simulator and Norman (256 genes, singles and pairs), three seeds
     python benchmarks/ladder.py choice           # what a part costs the network where settings may be chosen: simulated seeds 101 to 103
     python benchmarks/ladder.py pretraining      # with and without pretraining, from 25 to 200 training perturbations and from 300 to 6,000 control cells
 
@@ -101,7 +101,7 @@ TERMS = {n: FLOOR | dict(instead=i) for n, i in TERMS.items()} | {
     "parts added": FLOOR | dict(closed_form_options=dict(use_interactions=False))
 }
 STAGES = {
-    "floor": {
+    "closed_form": {
         "base, closed form": FLOOR,
         "no features": FLOOR | dict(features=None),
         "no wiring": FLOOR | dict(closed_form_options=dict(use_response=False)),
@@ -220,7 +220,7 @@ STAGES["pretraining"] |= {
 def screens(stage):
     "(name, seed, fold, cells, features, split)"
     for seed in (101, 102, 103) if stage == "choice" else range(3):
-        if stage == "floor":
+        if stage == "closed_form":
             cells, features = simulator(1000, 300, 0, seed)
             for i, s in enumerate(folds(cells, 5, seed=seed)):
                 yield "simulator", seed, i, cells, features, s
@@ -367,7 +367,7 @@ def main(stage):
                 )
                 delta = pearson_rows(guess, truth.X)
                 pert = pearson_rows(beyond(guess, centre), truth.X - centre)
-                place = rank(Case(guess, truth.X, centre, hit)) if stage == "floor" else None
+                place = rank(Case(guess, truth.X, centre, hit)) if stage == "closed_form" else None
                 rmse, size = (np.sqrt((x**2).mean(1)) for x in (guess - truth.X, guess))
                 if std is not None:
                     covered = (

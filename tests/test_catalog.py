@@ -1020,7 +1020,8 @@ def publisher(server, monkeypatch):
             hash=real.hash
             and f"{real.hash.split(':')[0]}:{hashlib.new(real.hash.split(':')[0], data).hexdigest()}",
         )
-        monkeypatch.setattr(catalog, "pick", lambda n, s=None: other)
+        for module in ("screens", "catalog"):
+            monkeypatch.setattr(f"biojepa.{module}.pick", lambda n, s=None: other)
         return server.url
     return publish
 

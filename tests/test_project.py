@@ -141,10 +141,10 @@ def test_pages_tell_what_the_ladder_measured():
 
     the mean exactly, the ends of its interval from another draw.
     """
-    rows = pd.concat([pd.read_csv(ROOT/f"benchmarks/ladder_{s}.csv") for s in ("floor", "network")])
+    rows = pd.concat([pd.read_csv(ROOT/f"benchmarks/ladder_{s}.csv") for s in ("closed_form", "network")])
     kinds = {
         "network": ("network", "network alone"),
-        "closed form": ("floor", "base, closed form"),
+        "closed form": ("closed_form", "base, closed form"),
         "closed form on pairs": ("network", "base, closed form"),
     }
     told = 0
@@ -183,3 +183,19 @@ def test_pages_tell_what_the_ladder_measured():
                     ).max() < 0.002 + 0.1 * (high - low), (path, version, screen)
                     told += 1
     assert told > 50
+
+
+def test_laws_of_the_house():
+    "Imports run down, short lines, small modules, cells that are shown, arguments that are explained, a whole sidebar."
+    out = run(sys.executable, ".ci/laws.py")
+    assert out.returncode == 0, out.stdout[-3000:]
+
+
+def test_help_explains_every_argument():
+    "`help` of functions, methods of classes and methods added by `patch`, under their own names."
+    from biojepa.estimator import BioJEPA
+    from biojepa.prepare import prepare
+    for function, argument in ((BioJEPA.fit, "preset"), (BioJEPA.predict, "dose"), (BioJEPA.save, "folder"), (prepare, "n_genes")):
+        assert function.__name__ in ("fit", "predict", "save", "prepare")
+        assert f"\n{argument}\n    " in function.__doc__, function
+    assert BioJEPA.predict.__qualname__ == "BioJEPA.predict"
