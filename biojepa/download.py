@@ -227,6 +227,7 @@ def _warn_unchecked(path, url, publisher):
         stacklevel=3,
     )
 
+# %% ../nbs/02_download.ipynb #c025
 def fetch(
     url: str, # http(s) address
     path, # where the file goes
@@ -258,7 +259,7 @@ def fetch(
     if hash is None: _warn_unchecked(path, url, publisher)
     return path
 
-# %% ../nbs/02_download.ipynb #c028
+# %% ../nbs/02_download.ipynb #c029
 def _inside(path):
     "The one h5ad file in a package, open for reading."
     if path.suffix == ".gz":
@@ -275,6 +276,7 @@ def _inside(path):
     _room(path.parent, package.getinfo(found[0]).file_size, path.with_suffix(".h5ad").name)
     return package.open(found[0])
 
+# %% ../nbs/02_download.ipynb #c030
 def unpack(
     path: Path, # .gz, .zip or anything else
 ) -> Path: # the file inside, or the file itself
@@ -296,11 +298,11 @@ def unpack(
         os.replace(half, out)
     return out
 
-# %% ../nbs/02_download.ipynb #c030
+# %% ../nbs/02_download.ipynb #c032
 def home() -> Path: # may not exist yet
     "Where downloads go: the folder `catalog` of BIOJEPA_DATA, or the user's cache."
     data = os.environ.get("BIOJEPA_DATA")
     return Path(data)/"catalog" if data else Path(pooch.os_cache("biojepa"))
 
-# %% ../nbs/02_download.ipynb #c034
+# %% ../nbs/02_download.ipynb #c036
 document(globals())

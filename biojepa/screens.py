@@ -138,42 +138,35 @@ def _in_words(key, rule):
     fixed = isinstance(rule, (int, float)) or rule.startswith("=")
     return f"{key} is {str(rule).lstrip('=')}" if fixed else f"{key} {rule}"
 
+def _source_lines(s):
+    "What is known of one source, as lines of text."
+    size = readable_size(s.size or s.total_size) or "size not published"
+    columns = ("perturbation", "control", "cell_type", "batch", "dose", "time")
+    return [
+        f"  {s.name}: {s.kind}, {size}, checksum {s.hash or 'not published'}",
+        f"    {s.url or 'no address; put the file there yourself'}",
+        "    columns: " + "; ".join(_in_words(k, s.map[k]) for k in columns if k in s.map),
+    ]
+
+# %% ../nbs/06_screens.ipynb #c020
 def show(
     name: str, # of the screen
 ) -> str: # lines of text
     "Everything that the catalogue knows about a screen."
     e = entry(name)
-    no = "not published"
-    def count(n): return f"{n:,}" if n else no
+    def count(n): return f"{n:,}" if n else "not published"
+    size = f"{count(e.cells)} cells, {count(e.genes)} genes, {count(e.perturbations)} perturbations"
     lines = [
         f"{e.title}  ({e.key})",
         f"  {e.what}",
         f"  Why: {e.why}",
-        (
-            f"  {count(e.cells)} cells, {count(e.genes)} genes, "
-            f"{count(e.perturbations)} perturbations; {e.mode}; "
-            f"{', '.join(e.lines)}"
-        ),
+        f"  {size}; {e.mode}; {', '.join(e.lines)}",
         f"  {e.citation}; doi {e.doi}; {e.accession or 'no accession'}; licence {e.licence}",
     ]
-    for s in e.sources:
-        lines += [
-            (
-                f"  {s.name}: {s.kind}, "
-                f"{readable_size(s.size or s.total_size) or 'size ' + no}, checksum "
-                f"{s.hash or no}"
-            ),
-            f"    {s.url or 'no address; put the file there yourself'}",
-            "    columns: "
-            + "; ".join(
-                _in_words(k, s.map[k])
-                for k in ("perturbation", "control", "cell_type", "batch", "dose", "time")
-                if k in s.map
-            ),
-        ]
+    for s in e.sources: lines += _source_lines(s)
     return "\n".join([*lines, "  Beware:", *(f"  - {t}" for t in e.traps)])
 
-# %% ../nbs/06_screens.ipynb #c021
+# %% ../nbs/06_screens.ipynb #c023
 def get(
     name: str, # of the screen
     source: str | None = None, # name of a source; None: the first
@@ -208,5 +201,5 @@ def get(
     for file, url in s.extra.items(): bring(file, url)
     return [bring(s.file.format(part=p), s.url.format(part=p)) for p in numbers]
 
-# %% ../nbs/06_screens.ipynb #c025
+# %% ../nbs/06_screens.ipynb #c027
 document(globals())

@@ -45,7 +45,7 @@ from biojepa.catalog import (
     show,
     unpack,
 )
-from biojepa.cells import CONTROL, MODES, check, dense
+from biojepa.cells import BadCells, CONTROL, MODES, check, dense
 from biojepa.cli import app
 
 pytestmark = pytest.mark.filterwarnings(
@@ -1401,3 +1401,22 @@ def test_every_source_that_is_not_checked_warns(tmp_path, monkeypatch):
             if s.url is None: continue
             get(e.key, s.name, parts=[0] if s.parts else None, folder=tmp_path)
             assert named[-1] == (s.name, s.hash)
+
+
+@pytest.mark.parametrize("how", ["link", "array"])
+@pytest.mark.parametrize("max_cells", [None, 2])
+def test_a_file_that_points_out_of_itself_is_refused(tmp_path, how, max_cells):
+    "HDF5 can name another file as its content; neither way of reading follows."
+    import h5py
+    path = tmp_path / "x.h5ad"
+    PUBLISHED["papalexi", "scPerturb"][0]().write_h5ad(path)
+    (tmp_path / "secret").write_bytes(b"s" * 800)
+    with h5py.File(path, "a") as f:
+        if how == "link":
+            f["uns/more"] = h5py.ExternalLink("other.h5", "/x")
+        else:
+            f["uns"].create_dataset(
+                "more", (100,), "f8", external=[(str(tmp_path / "secret"), 0, 800)]
+            )
+    with pytest.raises(BadCells, match="not followed"):
+        read("papalexi", path, max_cells=max_cells)
