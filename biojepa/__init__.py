@@ -11,7 +11,9 @@ _API = {
     "read": "files", "prepare": "prepare", "effects": "effects", "add_mode": "cells",
     "dataset": "catalog", "datasets": "catalog", "concat": "concat",
     "split": "splits", "folds": "splits",
-    "BioJEPA": "estimator", "plot_effect": "plots", "scorecard": "scorecard", "to_cell_eval": "external_evaluators",
+    "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",
+    "plan": "planning", "signature": "planning", "combine": "combinations",
+    "to_cell_eval": "external_evaluators",
 }
 __all__ = list(_API)
 

@@ -26,7 +26,8 @@ def main() -> None:
 
 # %% ../nbs/84_cli.ipynb #c010
 DATA = typer.Option(
-    None, help="Your screen: h5ad (also gzipped), h5mu, 10x, loom or zarr; else cells are simulated."
+    None,
+    help=("Your screen: h5ad (also gzipped), h5mu, 10x, loom or zarr; else cells are simulated."),
 )
 
 @app.command()
@@ -60,6 +61,7 @@ def demo(
     typer.echo(f"{facts['answers']}.")
     typer.echo(f"{facts['minutes']} minutes; open {out/'index.html'}")
 
+# %% ../nbs/84_cli.ipynb #c011
 def _screen(data, how, features, quick, seed):
     "Cells, features and splits: of a file, or simulated."
     from biojepa.demo import real_splits, simulated_screen
@@ -72,7 +74,7 @@ def _screen(data, how, features, quick, seed):
     cells = read_screen(data, how)
     return cells, read_features(features), real_splits(cells, seed)
 
-# %% ../nbs/84_cli.ipynb #c015
+# %% ../nbs/84_cli.ipynb #c016
 data_app = typer.Typer(
     help="Public screens: what there is, what it is worth, and the download.", no_args_is_help=True
 )
@@ -96,7 +98,7 @@ def data_show(name: str = typer.Argument(..., help="Such as norman; see `biojepa
     from biojepa.catalog import show
     typer.echo(show(name))
 
-# %% ../nbs/84_cli.ipynb #c017
+# %% ../nbs/84_cli.ipynb #c018
 def _numbers(parts):
     "'0,5,9' as numbers."
     try: return [int(p) for p in parts.split(",")] if parts else None
@@ -109,7 +111,7 @@ MOST_CELLS = typer.Option(
     None, help="With --prepare: at most so many cells of each perturbation; all controls stay."
 )
 
-# %% ../nbs/84_cli.ipynb #c019
+# %% ../nbs/84_cli.ipynb #c020
 @data_app.command("get")
 def data_get(
     name: str = typer.Argument(..., help="Such as norman; see `biojepa data list`."),
@@ -139,5 +141,5 @@ def data_get(
     save(prepare, cells.write_h5ad)
     typer.echo(f"{prepare}: {size_of(cells)}")
 
-# %% ../nbs/84_cli.ipynb #c025
+# %% ../nbs/84_cli.ipynb #c026
 document(globals())

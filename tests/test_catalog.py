@@ -26,7 +26,8 @@ from anndata import AnnData
 from scipy import sparse
 from typer.testing import CliRunner
 
-from biojepa import catalog
+from biojepa import download
+from biojepa.download import Unchecked
 from biojepa.catalog import (
     MAGIC,
     BadDataset,
@@ -44,11 +45,12 @@ from biojepa.catalog import (
     show,
     unpack,
 )
-from biojepa.cells import CONTROL, MODES, check, dense
+from biojepa.cells import BadCells, CONTROL, MODES, check, dense
 from biojepa.cli import app
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*cells left out",
+    "ignore:.*no checksum was published",
     "ignore:.*are not measured",
     "ignore:Variable names are not unique",
     "ignore:Observation names",
@@ -387,7 +389,7 @@ def test_offline_says_so(tmp_path, monkeypatch):
     s = Server()
     s.http.shutdown()
     s.http.server_close()
-    monkeypatch.setattr(catalog.time, "sleep", waits.append)
+    monkeypatch.setattr(download.time, "sleep", waits.append)
     with pytest.raises(
         BadDownload,
         match="cannot reach 127.0.0.1.*is this machine online.*in a browser and put it at",
@@ -526,7 +528,7 @@ def full_after(monkeypatch, n):
                 if f.tell() + len(b) > n: raise OSError(errno.ENOSPC, "No space left on device")
                 return f.write(b)
         return Full()
-    monkeypatch.setattr("biojepa.catalog.open", opened, raising=False)
+    monkeypatch.setattr("biojepa.download.open", opened, raising=False)
 
 
 def test_a_disk_that_fills_meanwhile(server, tmp_path, monkeypatch):
@@ -1018,7 +1020,8 @@ def publisher(server, monkeypatch):
             hash=real.hash
             and f"{real.hash.split(':')[0]}:{hashlib.new(real.hash.split(':')[0], data).hexdigest()}",
         )
-        monkeypatch.setattr(catalog, "pick", lambda n, s=None: other)
+        for module in ("screens", "catalog"):
+            monkeypatch.setattr(f"biojepa.{module}.pick", lambda n, s=None: other)
         return server.url
     return publish
 
@@ -1368,3 +1371,52 @@ def test_real_extract(name, source, file, n, perturbations, lines, batches):
         np.testing.assert_array_equal(dense(cells.X), dense(kept.X))
         np.testing.assert_allclose(np.expm1(cells.obs.log_total), kept.obs.ncounts, rtol=1e-5)
     else: np.testing.assert_array_equal(dense(cells.layers["counts"]), dense(kept.X))
+
+
+# what nobody can check is taken, and said
+
+def test_a_source_without_a_checksum_is_named_when_it_is_fetched(server, tmp_path):
+    "Twelve of 26 sources print none: the warning has the file, the source, the server, the hash."
+    unchecked = [s for e in entries().values() for s in e.sources if s.url and s.hash is None]
+    assert unchecked
+    server.files["example.zip"] = MAGIC[".zip"] + BODY
+    with pytest.warns(Unchecked, match="a.h5ad of the lab: no checksum .* sha256:") as caught:
+        fetch(f"{server.url}/a.h5ad", tmp_path / "a.h5ad", publisher="the lab", **QUICK)
+    assert str(caught[0].message).endswith("sha256:" + hashlib.sha256(BODY).hexdigest())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fetch(f"{server.url}/a.h5ad", tmp_path / "b.h5ad", MD5, **QUICK)
+
+
+def test_every_source_that_is_not_checked_warns(tmp_path, monkeypatch):
+    "By way of `get`, with the name of the source."
+    named = []
+    def seen(url, path, hash=None, size=None, progress=True, publisher=None, **net):
+        named.append((publisher, hash))
+        return Path(path)
+    monkeypatch.setattr("biojepa.screens.fetch", seen)
+    monkeypatch.setattr("biojepa.screens.unpack", lambda p: p)
+    for e in entries().values():
+        for s in e.sources:
+            if s.url is None: continue
+            get(e.key, s.name, parts=[0] if s.parts else None, folder=tmp_path)
+            assert named[-1] == (s.name, s.hash)
+
+
+@pytest.mark.parametrize("how", ["link", "array"])
+@pytest.mark.parametrize("max_cells", [None, 2])
+def test_a_file_that_points_out_of_itself_is_refused(tmp_path, how, max_cells):
+    "HDF5 can name another file as its content; neither way of reading follows."
+    import h5py
+    path = tmp_path / "x.h5ad"
+    PUBLISHED["papalexi", "scPerturb"][0]().write_h5ad(path)
+    (tmp_path / "secret").write_bytes(b"s" * 800)
+    with h5py.File(path, "a") as f:
+        if how == "link":
+            f["uns/more"] = h5py.ExternalLink("other.h5", "/x")
+        else:
+            f["uns"].create_dataset(
+                "more", (100,), "f8", external=[(str(tmp_path / "secret"), 0, 800)]
+            )
+    with pytest.raises(BadCells, match="not followed"):
+        read("papalexi", path, max_cells=max_cells)

@@ -1,14 +1,10 @@
-"Laws of the exported cells, splits and sets, for screens drawn at random."
-import json
-from dataclasses import replace
-
+"Laws of the exported cells, for screens drawn at random."
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
-import torch
 from anndata import AnnData
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from scipy import sparse
 
 import biojepa as bj
@@ -25,59 +21,17 @@ from biojepa.cells import (
     parts,
 )
 from biojepa.prepare import gene_names, prepare
-from biojepa.effects import KEYS, conditions, effects
+from biojepa.effects import effects
 from biojepa.perturbations import Action, BadAction, actions_of
 from biojepa.simulator import simulate
-from biojepa.sets import SetSampler, visit
-from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
+from biojepa.splits import split
+from screens import GENES, few, refused, screen, screens
 
-few = settings(max_examples=12, deadline=None)
-GENES = [f"GENE{i}" for i in range(12)]
-seeds = st.integers(0, 2**31)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*are not measured",
     "ignore:Observation names are not unique",
     "ignore:Variable names are not unique",
 )
-
-
-def screen(seed, singles=5, pairs=3, cells=4, lines=1, batches=2, as_sparse=True):
-    """Counts of 8 genes; single and double perturbations of 12; every batch of every line has
-    controls."""
-    rng = np.random.default_rng(seed)
-    names = list(rng.choice(GENES, singles, replace=False))
-    names += ["+".join(rng.choice(GENES, 2, replace=False)) for _ in range(pairs)]
-    names = [join_parts(parts(n)) for n in dict.fromkeys(names)]
-    rows = [
-        (n, f"L{l}", f"b{i % batches}")
-        for l in range(lines)
-        for n in [CONTROL] * 3 + sorted(set(names))
-        for i in range(cells)
-    ]
-    obs = pd.DataFrame(rows, columns=["perturbation", "cell_type", "batch"])
-    obs.index = "cell" + obs.index.astype(str)
-    X = rng.poisson(3, (len(obs), 8)).astype("float32")
-    X[:, 7] += 1
-    return AnnData(
-        sparse.csr_matrix(X) if as_sparse else X, obs=obs, var=pd.DataFrame(index=GENES[:8])
-    )
-
-
-screens = st.builds(
-    screen,
-    seeds,
-    st.integers(3, 8),
-    st.integers(0, 12),
-    st.integers(2, 6),
-    st.integers(1, 3),
-    st.integers(1, 2),
-    st.booleans(),
-)
-
-
-def refused(f, error=BadCells):
-    with pytest.raises(error) as e: f()
-    return str(e.value)
 
 
 # what many files hold: logged values in X, counts in a layer, identifiers for genes
@@ -408,32 +362,6 @@ def test_a_mode_for_each_cell_and_what_is_carried_along():
     )
 
 
-def test_rows_of_effects_get_names_that_differ():
-    cells = prepare(screen(3, cells=8, lines=2))
-    e = effects(cells)
-    assert e.obs_names.is_unique and all("@L" in n for n in e.obs_names)
-    one = cells[cells.obs.cell_type == "L0"].copy()
-    name = effects(one).obs_names[0]
-    own = np.flatnonzero(one.obs.perturbation == name)
-    one.obs["mode"] = np.where(
-        np.isin(np.arange(one.n_obs), own[:4]), "CRISPRa", one.obs["mode"].astype(str)
-    )
-    assert {f"{name}@CRISPRa", f"{name}@CRISPRi"} <= set(effects(one).obs_names)
-
-
-def test_effects_without_controls_and_of_one_cell():
-    cells = prepare(screen(4))
-    assert "no control cells" in refused(lambda: effects(cells[cells.obs.perturbation != CONTROL]))
-    one = np.r_[
-        np.flatnonzero(cells.obs.perturbation == CONTROL),
-        np.flatnonzero(cells.obs.perturbation != CONTROL)[:1],
-    ]
-    assert (
-        np.isnan(effects(cells[one]).layers["sem"]).all()
-        and (effects(cells).layers["sem"] > 0).any()
-    )
-
-
 def test_whole_numbers_by_column_and_variable_genes():
     raw = screen(5)
     csc = raw.copy()
@@ -458,211 +386,6 @@ def test_a_file_gives_the_same_cells(tmp_path):
     assert split(back, seed=3) == split(cells, seed=3)
 
 
-# effects
-
-@few
-@given(screens, seeds)
-def test_what_a_batch_adds_to_all_its_cells_cancels(raw, seed):
-    cells = prepare(raw)
-    shifted = cells.copy()
-    place = pd.factorize(cells.obs.cell_type + cells.obs.batch)[0]
-    shifted.X = (
-        dense(cells.X)
-        + np.random.default_rng(seed).normal(size=(place.max() + 1, 8)).astype("float32")[place]
-    )
-    np.testing.assert_allclose(effects(shifted).X, effects(cells).X, atol=1e-4)
-
-
-@few
-@given(screens, seeds)
-def test_halves_share_no_cell_and_make_the_whole(raw, seed):
-    cells = prepare(raw)
-    a = effects(cells, 0, seed)
-    b = effects(cells, 1, seed)
-    both = effects(cells)
-    assert (
-        list(a.obs_names) == list(b.obs_names) == list(both.obs_names) and both.obs_names.is_unique
-    )
-    n = a.obs.n_cells.to_numpy()[:, None]
-    m = b.obs.n_cells.to_numpy()[:, None]
-    assert (n + m == both.obs.n_cells.to_numpy()[:, None]).all() and (abs(n - m) <= 1).all()
-    np.testing.assert_allclose(
-        (n * a.layers["mean"] + m * b.layers["mean"]) / (n + m),
-        both.layers["mean"],
-        rtol=1e-4,
-        atol=1e-4,
-    )
-
-
-@few
-@given(screens)
-def test_conditions_tell_every_cell(raw):
-    cells = prepare(raw)
-    table, code = conditions(cells)
-    assert ((code == -1) == (cells.obs.perturbation == CONTROL)).all()
-    treated = cells.obs[code >= 0]
-    for key in KEYS[:4]:
-        assert (table[key].to_numpy()[code[code >= 0]] == treated[key].to_numpy()).all()
-    assert (
-        table.equals(table.sort_values(KEYS).reset_index(drop=True))
-        and not table.duplicated(KEYS).any()
-    )
-
-
-# splits
-
-def made(raw, kind, seed):
-    "A split, or a skip where the screen is too small for one."
-    try: return split(prepare(raw), kind, seed, context="L0" if kind == "unseen_context" else None)
-    except ValueError: assume(False)
-
-
-@few
-@given(screens, st.sampled_from([*RULES, "unseen_context"]), st.integers(0, 1000))
-def test_every_split_is_apart(raw, kind, seed):
-    cells = prepare(raw)
-    s = made(raw, kind, seed)
-    masks = np.stack([s.mask(cells, p) for p in PARTS])
-    control = (cells.obs.perturbation == CONTROL).to_numpy()
-    assert masks.sum(0).max() == 1 and masks[0, control].all() and not masks[1:, control].any()
-    taught = {g for n in s.train for g in parts(n)}
-    for name, group in s.groups.items():
-        if group == "unseen_context": continue
-        assert name not in s.train
-        if group in ("unseen_gene", "pair_seen0"): assert not taught & set(parts(name))
-        else: assert len(taught & set(parts(name))) == int(group[-1])
-    assert set(s.groups) == set(s.val) | set(s.test)
-    assert Split.from_dict(json.loads(json.dumps(s.to_dict()))) == s == made(raw[::-1], kind, seed)
-    s.check_features(sorted(taught))
-
-
-@few
-@given(screens, st.sampled_from(list(RULES)), st.integers(0, 1000), st.randoms())
-def test_the_assertion_fires(raw, kind, seed, random):
-    cells = prepare(raw)
-    s = made(raw, kind, seed)
-    name = random.choice(s.test)
-    assert f"{name!r}" in refused(lambda: check_split(replace(s, train=s.train + (name,))), Leak)
-    hidden = [n for n in s.test if s.groups[n] == "unseen_gene"]
-    if hidden:
-        gene = random.choice(hidden)
-        assert f"{gene!r}" in refused(
-            lambda: check_split(replace(s, train=s.train + (f"{gene}+ZZZ",))), Leak
-        )
-        assert f"{gene!r}" in refused(lambda: s.check_features([gene]), Leak)
-    twin = cells.copy()
-    held = s.mask(cells, "test")
-    twin.obs_names = np.where(held, "twin", cells.obs_names)
-    twin.obs_names = [f"x{i % 2}" if n == "twin" else n for i, n in enumerate(twin.obs_names)]
-    check_split(s, cells)
-    twin.obs_names = ["x0", *twin.obs_names[1:]]
-    assert "'x0'" in refused(lambda: check_split(s, twin), Leak)
-
-
-@few
-@given(st.integers(0, 10**6), st.integers(8, 12), st.integers(0, 30))
-def test_the_shares_of_gears(seed, singles, pairs):
-    raw = screen(seed, singles, pairs)
-    s = made(raw, "simulation", seed % 100)
-    names = set(raw.obs.perturbation) - {CONTROL}
-    genes = {g for n in names for g in parts(n)}
-    assert set(s.train) | set(s.val) | set(s.test) == names
-    kept = {g for n in s.train + s.val for g in parts(n)}
-    assert len(kept) <= int(0.75 * len(genes))
-    untested = [n for n in s.train + s.val if "+" in n]
-    seen = set(
-        np.random.RandomState(seed % 100).choice(
-            sorted(genes), int(0.75 * len(genes)), replace=False
-        )
-    )
-    assert kept <= seen and len(untested) == int(
-        0.75 * sum("+" in n and set(parts(n)) <= seen for n in names)
-    )
-
-
-@few
-@given(
-    st.integers(0, 10**6),
-    st.integers(6, 10),
-    st.integers(10, 30),
-    st.sampled_from(["simulation", "unseen_gene"]),
-)
-def test_validation_has_a_single_to_choose_by(seed, singles, pairs, kind):
-    s = made(screen(seed, singles, pairs, cells=2), kind, seed % 100)
-    if sum("+" not in n for n in s.train + s.val) >= 5: assert any("+" not in n for n in s.val)
-
-
-@few
-@given(screens, st.integers(2, 3), st.integers(0, 100))
-def test_folds_judge_every_single_once(raw, k, seed):
-    try: out = folds(prepare(raw), k, seed)
-    except ValueError: assume(False)
-    tested = [n for s in out for n in s.test if "+" not in n]
-    assert sorted(tested) == sorted(
-        n for n in set(raw.obs.perturbation) if "+" not in n and n != CONTROL
-    )
-
-
-# sets
-
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 12), seeds)
-def test_visits_do_not_depend_on_the_step_size(n, a, b, seed):
-    long = [
-        np.concatenate([visit(n, s, size, seed) for s in range(a * b // size)]) for size in (a, b)
-    ]
-    np.testing.assert_array_equal(*long)
-    whole = long[0][:len(long[0]) // n * n].reshape(-1, n)
-    assert (np.sort(whole) == np.arange(n)).all()
-
-
-@few
-@given(screens, st.integers(1, 6), st.integers(0, 1000), st.integers(1, 9), seeds)
-def test_a_step_is_a_pure_function(raw, m, step, size, seed):
-    cells = prepare(raw)
-    used = SetSampler(cells, m, seed)
-    fresh = SetSampler(cells, m, seed)
-    for s in range(3): used.batch(s, size)
-    a = used.batch(step, size)
-    b = fresh.batch(step, size)
-    assert all(torch.equal(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
-    assert (
-        a.treated.shape == a.control.shape == (size, m, cells.n_vars)
-        and a.group.dtype == torch.int64
-    )
-    assert all(
-        torch.equal(x, y) for x, y in zip(used.cell_batch(step, size), fresh.cell_batch(step, size))
-    )
-
-
-@few
-@given(screens, st.integers(1, 6), st.integers(0, 1000), seeds)
-def test_sets_match(raw, m, step, seed):
-    cells = prepare(raw)
-    sampler = SetSampler(cells, m, seed)
-    group, treated, control = sampler.rows(step, 7)
-    obs = {k: cells.obs[k].to_numpy(str) for k in ("perturbation", "cell_type", "batch")}
-    assert (obs["perturbation"][control] == CONTROL).all()
-    assert (obs["batch"][treated] == obs["batch"][control]).all() and (
-        obs["cell_type"][treated] == obs["cell_type"][control]
-    ).all()
-    for key in ("perturbation", "cell_type"):
-        assert (obs[key][treated] == sampler.groups[key].to_numpy(str)[group][:, None]).all()
-    size = sampler.groups.n_cells.to_numpy()[group]
-    distinct = np.array([len(set(t)) for t in treated])
-    assert (distinct == np.minimum(size, m)).all()
-    batch = sampler.batch(step, 7)
-    np.testing.assert_array_equal(batch.treated.numpy(), dense(cells.X)[treated])
-    np.testing.assert_array_equal(
-        batch.control_total.numpy(), cells.obs.log_total.to_numpy()[control]
-    )
-
-
-def test_training_draws_nothing_held_out():
-    cells = prepare(screen(3, singles=8, pairs=6))
-    s = split(cells, seed=0)
-    assert set(SetSampler(s.cells(cells, "train")).groups.perturbation) == set(s.train)
-
-
 def test_a_library_smaller_than_its_genes_is_refused_for_counts_only():
     cells = simulate(n_genes=30, n_perturbations=6, cells_per_perturbation=6, n_controls=12, seed=0)
     summed = np.asarray(cells.X.sum(1)).ravel()
@@ -678,26 +401,3 @@ def test_a_library_smaller_than_its_genes_is_refused_for_counts_only():
     logged.X.data = np.log1p(logged.X.data).astype(np.float32)
     # logged values do not add up to a library
     assert prepare(logged, n_genes=30, kind="log1p", total="library").n_obs == cells.n_obs
-
-
-@pytest.mark.parametrize("kind", ["unseen_gene", "simulation", "unseen_pair", "unseen_context"])
-def test_validation_can_be_left_out_and_shares_are_shares(kind):
-    cells = prepare(
-        simulate(
-            n_genes=60,
-            n_perturbations=24,
-            n_doubles=16,
-            cells_per_perturbation=2,
-            cell_types=3,
-            seed=0,
-        ),
-        n_genes=60,
-    )
-    more = dict(context="LINE1") if kind == "unseen_context" else {}
-    bare = split(cells, kind, seed=0, val=0, **more)
-    assert bare.val == () and not bare.val_contexts and bare.train and bare.test
-    full = split(cells, kind, seed=0, **more)
-    assert full.val or full.val_contexts
-    for wrong in (dict(val=1.5), dict(val=-0.1), dict(test=0), dict(test=1)):
-        with pytest.raises(ValueError, match="not a share"):
-            split(cells, kind, seed=0, **more, **wrong)

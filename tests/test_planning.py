@@ -1,0 +1,58 @@
+"Plans: the goal that is among the candidates is found, hopeless goals are refused, the perturbed gene does not count."
+import numpy as np
+import pandas as pd
+import pytest
+
+import biojepa as bj
+from biojepa.planning import BadGoal, gap_closed, wanted_change
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    cells = bj.prepare(bj.simulate(n_genes=60, n_perturbations=30, cells_per_perturbation=40, seed=2), n_genes=60)
+    split = bj.split(cells, "unseen_gene", seed=0)
+    features = bj.simulated_features(cells)
+    return cells, split, bj.BioJEPA.fit(cells, split, features=features, network=False, progress=False)
+
+
+def test_a_seen_effect_is_found_and_its_own_gene_does_not_count(fitted):
+    cells, split, model = fitted
+    effects = bj.effects(cells).to_df()
+    strong = effects.loc[list(split.train)].pow(2).sum(1).nlargest(5).index
+    places = []
+    for name in strong:
+        answer = bj.plan(model, cells, effects.loc[name], candidates=list(split.train))
+        spoiled = effects.loc[name].copy()
+        spoiled[name] = 9.0                               # a goal that shouts the name of its own gene
+        again = bj.plan(model, cells, spoiled, candidates=[name]).table.gap_closed[0]
+        assert np.isclose(again, answer.table.set_index("perturbation").gap_closed[name], atol=1e-6)
+        places.append(list(answer.table.perturbation).index(name))
+    assert np.median(places) <= 2
+
+
+def test_no_answer_where_there_is_none(fitted):
+    cells, split, model = fitted
+    control = np.flatnonzero(cells.obs.perturbation == "control")
+    half = np.isin(np.arange(cells.n_obs), control[::2])
+    nothing = bj.plan(model, cells, half, candidates=list(split.train))
+    assert nothing.abstains and "scatter" in nothing.reason
+
+
+@pytest.mark.parametrize("goal, word", [
+    (pd.Series({"NOBODY": 1.0}), "none of the 1 genes"),
+    (pd.Series({"GENE1": np.nan}), "GENE1"),
+    (pd.Series([1.0, 2.0], ["GENE1", "GENE1"]), "twice"),
+    (np.zeros(3, bool), "one per cell"),
+])
+def test_a_goal_that_cannot_be_read_is_named(fitted, goal, word):
+    cells, _, model = fitted
+    with pytest.raises(BadGoal, match=word): bj.plan(model, cells, goal, candidates=["GENE1"])
+
+
+def test_the_way_back_is_the_way_there_turned_round(fitted):
+    cells, split, _ = fitted
+    some = (cells.obs.perturbation == split.train[0]).to_numpy()
+    there = wanted_change(some, cells, list(cells.var_names))[0]
+    back = wanted_change("control", cells, list(cells.var_names), start=some)[0]
+    assert np.allclose(there, -back, atol=1e-6)
+    assert np.isclose(gap_closed(there[None], there, np.ones(60), np.zeros((1, 60), bool))[0], 1)
