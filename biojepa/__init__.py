@@ -11,7 +11,8 @@ _API = {
     "read": "files", "preview_labels": "labels", "prepare": "prepare", "effects": "effects", "add_mode": "cells",
     "dataset": "catalog", "datasets": "catalog", "concat": "concat",
     "split": "splits", "folds": "splits",
-    "BioJEPA": "estimator", "scorecard": "scorecard", "plan": "planning", "signature": "planning",
+    "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",
+    "plan": "planning", "signature": "planning", "combine": "combinations",
     "to_cell_eval": "external_evaluators",
 }
 __all__ = list(_API)

@@ -1,0 +1,48 @@
+"Interactions: what adding misses, believed as far as made pairs allow, of a kind that can be checked by hand."
+import numpy as np
+import pandas as pd
+import pytest
+
+import biojepa as bj
+from biojepa.combinations import calibrate, interaction_of, interaction_table, kind_of
+
+
+def test_an_additive_world_has_no_interactions():
+    rng = np.random.default_rng(0)
+    claimed = 0
+    for _ in range(60):
+        predicted = rng.normal(size=(40, 20))
+        fit = calibrate(predicted, rng.normal(size=(40, 20)))
+        claimed += (interaction_table(np.linalg.norm(predicted, axis=1), fit).q <= 0.1).any()
+    assert claimed <= 12
+
+
+def test_intervals_cover_what_is_observed():
+    rng = np.random.default_rng(1)
+    predicted = rng.normal(size=(400, 20)) * rng.uniform(0.2, 3, (400, 1))
+    observed = 0.7 * predicted + rng.normal(size=predicted.shape)
+    fit = calibrate(predicted[:200], observed[:200])
+    size = np.linalg.norm(predicted[200:], axis=1)
+    along = (predicted[200:] * observed[200:]).sum(1) / size
+    rows = interaction_table(size, fit)
+    assert 0.84 < ((rows.low <= along) & (along <= rows.high)).mean() < 0.96
+
+
+def test_what_is_missing_is_named():
+    table = pd.DataFrame(np.eye(2), ["A", "A+B"])
+    with pytest.raises(KeyError, match="'B'"): interaction_of(table, ["A+B"])
+
+
+@pytest.mark.parametrize("kind, pair", [("synergy", (2, 2)), ("suppression", (0.4, 0.4)), ("dominance", (1, 0))])
+def test_kinds(kind, pair):
+    one, other = np.eye(2)
+    assert kind_of(pair[0] * one + pair[1] * other, one, other) == kind
+
+
+def test_no_pairs_no_claim():
+    cells = bj.prepare(bj.simulate(n_genes=40, n_perturbations=20, cells_per_perturbation=12, seed=0), n_genes=40)
+    fold = bj.split(cells, "unseen_gene", seed=0)
+    features = bj.simulated_features(cells)
+    model = bj.BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
+    answer = bj.combine(model, cells, list(fold.train[:4]))
+    assert answer.abstains and "five" in answer.reason and len(answer.table) == 6
