@@ -526,12 +526,13 @@ def make_features(
 # %% ../nbs/81_cli.ipynb #c028
 def _sources(names, go, proteins, smiles, sequences, model, aliases, device, progress):
     "Source -> DataFrame for those of the names that it knows."
-    from biojepa.proteins import UnknownGene
+    from biojepa.sequences import UnknownGene
     from biojepa.symbols import Symbols
     from biojepa.known_targets import find_features
     from biojepa.gene_ontology import go_features
     from biojepa.loop import pick_device
-    from biojepa.proteins import load_esm2, protein_features, read_proteins
+    from biojepa.proteins import load_esm2, protein_features
+    from biojepa.sequences import read_proteins
     if not (go or proteins or smiles or sequences):
         raise ValueError("name a source: --go, --proteins, --smiles or --sequences")
     symbols = Symbols.read(aliases) if aliases else None
@@ -566,7 +567,7 @@ def _of_structures(known, progress):
 
 def _of_sequences(path, names, progress):
     from biojepa.nucleotides import kmer_profile
-    from biojepa.proteins import read_fasta
+    from biojepa.sequences import read_fasta
     table = Path(path).name.removesuffix(".gz").endswith((".csv", ".tsv"))
     return kmer_profile(
         _asked(_column(path, "sequence") if table else read_fasta(path), names, path),
