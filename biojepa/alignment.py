@@ -46,30 +46,32 @@ class Alignment:
         self.maps = maps
         self.history = history
 
-    # unit vectors; None: the targets that `align` knew
-    def transform(self,
-        source: str, # name of the source
-        # numbers of targets, n x d; None: all that the alignment was made with
-        features: pd.DataFrame | None = None,
-    ) -> pd.DataFrame:
-        "One source in the shared space, new targets too."
-        if source not in self.maps:
-            raise ValueError(f"source {source!r} is not one of {', '.join(self.maps)}")
-        frame = (
-            self.table.sources[source]
-            if features is None
-            else self.table._white(source, as_table({source: features}).sources[source])
-        )
-        with torch.no_grad():
-            z = F.normalize(self.maps[source](torch.from_numpy(frame.to_numpy())), dim=1)
-        return pd.DataFrame(z.numpy(), index=frame.index)
-
     def together(self) -> pd.DataFrame: # mean of the unit vectors of the sources that know a target
         "One vector per target, from whatever is known of it."
         each = [self.transform(s) for s in self.maps]
         return pd.concat(each).groupby(level=0, sort=True).mean()
 
 # %% ../nbs/28_alignment.ipynb #c013
+# unit vectors; None: the targets that `align` knew
+@patch
+def transform(self: Alignment,
+    source: str, # name of the source
+    # numbers of targets, n x d; None: all that the alignment was made with
+    features: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    "One source in the shared space, new targets too."
+    if source not in self.maps:
+        raise ValueError(f"source {source!r} is not one of {', '.join(self.maps)}")
+    frame = (
+        self.table.sources[source]
+        if features is None
+        else self.table._white(source, as_table({source: features}).sources[source])
+    )
+    with torch.no_grad():
+        z = F.normalize(self.maps[source](torch.from_numpy(frame.to_numpy())), dim=1)
+    return pd.DataFrame(z.numpy(), index=frame.index)
+
+# %% ../nbs/28_alignment.ipynb #c014
 @patch
 def score(self: Alignment,
     names, # targets to score on, best such that took no part
@@ -95,7 +97,10 @@ def score(self: Alignment,
             )
     return pd.DataFrame(rows)
 
-# %% ../nbs/28_alignment.ipynb #c014
+# %% ../nbs/28_alignment.ipynb #c016
+#| export
+
+# %% ../nbs/28_alignment.ipynb #c018
 def align(
     features, # two or more sources: anything that `as_table` takes, not whitened
     train, # targets to fit the maps on
@@ -128,7 +133,7 @@ def align(
     how = (temperature, steps, batch, lr, patience, every, rng, progress)
     return _train(Alignment(table, maps, []), pairs, taught, held, *how)
 
-# %% ../nbs/28_alignment.ipynb #c015
+# %% ../nbs/28_alignment.ipynb #c019
 def _shared(table, names, a, b):
     "Names that both of two sources know."
     both = table.sources[a].index.intersection(table.sources[b].index)
@@ -174,5 +179,5 @@ def _train(
     new.maps.load_state_dict(kept)
     return new
 
-# %% ../nbs/28_alignment.ipynb #c022
+# %% ../nbs/28_alignment.ipynb #c026
 document(globals())

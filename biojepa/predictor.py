@@ -146,7 +146,6 @@ class PartAttention(nn.Module):
         self.heads = heads
         self.q, self.q_change, self.k, self.v, self.out = (_linear(width, width) for _ in range(5))
 
-    # [P or 1, G, D], [P, G, D], [P, A, K, D], [P, A, K], [P, A] -> [P, G, D]
     def forward(self,
         gene, # gene tokens [P, G, D]
         change, # the change stream [P, G, D]
