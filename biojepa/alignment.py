@@ -139,6 +139,7 @@ def _shared(table, names, a, b):
     both = table.sources[a].index.intersection(table.sources[b].index)
     return np.array([n for n in dict.fromkeys(names) if n in both])
 
+# %% ../nbs/28_alignment.ipynb #c020
 def _train(
     new, pairs, taught, held, temperature, steps, batch, lr, patience, every, rng, progress
 ):
@@ -179,5 +180,5 @@ def _train(
     new.maps.load_state_dict(kept)
     return new
 
-# %% ../nbs/28_alignment.ipynb #c026
+# %% ../nbs/28_alignment.ipynb #c027
 document(globals())

@@ -158,8 +158,7 @@ class PartAttention(nn.Module):
         k = split(self.k(tokens).flatten(1, 2))
         v = split(self.v(tokens).flatten(1, 2))  # [P, A K, H, d]
         def ask(q):
-            # [P, D, H A K]
-            return torch.einsum(
+                return torch.einsum(
                 'pnhd,hde->pehn', k, q.weight.unflatten(0, (self.heads, -1))
             ).flatten(2)
         # [P, G, H A K]
