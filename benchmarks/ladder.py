@@ -20,7 +20,7 @@ import biojepa as bj
 from biojepa.effects import beyond, pearson_rows
 from biojepa.cells import CONTROL, dense
 from biojepa.effects import effects
-from biojepa.cli import real_splits
+from biojepa.demo import real_splits
 from biojepa.learned_baselines import ALL_BASELINES
 from biojepa.featurizers import as_table
 from biojepa.losses import effect_loss, inverse_dynamics

@@ -8,10 +8,11 @@ from types import ModuleType
 # The names that users type, imported when first used: `biojepa --help` need not wait for torch.
 _API = {
     "simulate": "simulator", "simulated_features": "simulator", "true_effects": "simulator",
-    "read": "files", "prepare": "prepare", "effects": "effects", "add_mode": "cells",
+    "read": "files", "preview_labels": "labels", "prepare": "prepare", "effects": "effects", "add_mode": "cells",
     "dataset": "catalog", "datasets": "catalog", "concat": "concat",
     "split": "splits", "folds": "splits",
-    "BioJEPA": "estimator", "scorecard": "scorecard", "plan": "planning", "signature": "planning", "combine": "combinations",
+    "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",
+    "plan": "planning", "signature": "planning", "combine": "combinations",
     "to_cell_eval": "external_evaluators",
 }
 __all__ = list(_API)

@@ -280,10 +280,11 @@ def _parts(card):
         yield "In one sentence", "".join(f"<p>{html.escape(headline(card, m))}</p>" for m in models)
     if shown: yield "Scores between floor and ceiling", _picture(card.plot(shown), "scores")
     for m in models if "pearson_pert" in shown else ():
-        yield (
-            f"{m} against the others, pair by pair",
-            _picture(plot_versus(card, m), "paired differences"),
-        )
+        if set(card.table.model) != {m}:
+            yield (
+                f"{m} against the others, pair by pair",
+                _picture(plot_versus(card, m), "paired differences"),
+            )
         yield (
             f"{m}: best, median and worst prediction",
             _picture(plot_examples(card, m), "predicted against observed"),

@@ -433,7 +433,7 @@ def scorecard(
     if cells.uns.get("biojepa", {}).get("kind") == "signature":
         raise ValueError(
             "these are signatures, not cells: "
-            "biojepa.signatures.score_signatures(data, folds, features) judges them"
+            "biojepa.signature_baselines.score_signatures(data, folds, features) judges them"
         )
     check(cells)
     chosen(metrics)

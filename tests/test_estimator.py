@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from biojepa.cells import MODES, BadCells, add_mode
 from biojepa.prepare import prepare
 from biojepa.effects import effects
-from biojepa.cli import budget, real_splits
+from biojepa.demo import budget, real_splits
 from biojepa.effects import centred_correlation
 from biojepa.run import network_share
 from biojepa.estimator import BioJEPA

@@ -9,7 +9,7 @@ import pytest
 from biojepa.cells import BadCells, parts
 from biojepa.prepare import prepare
 from biojepa.effects import effects
-from biojepa.cli import real_splits
+from biojepa.demo import real_splits
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("BIOJEPA_DATA", ROOT.parent / "shared")) / "data"

@@ -380,7 +380,7 @@ def test_predictions_stand_beside_what_was_observed_at_their_dose():
     drug.
     """
     from biojepa.effects import effects
-    from biojepa.cli import predictions, real_splits
+    from biojepa.demo import predict_held_out, real_splits
     from biojepa.estimator import BioJEPA
     raw = simulate(
         n_genes=40, n_perturbations=12, n_drugs=4, cells_per_perturbation=6, cell_types=2, seed=0
@@ -393,7 +393,7 @@ def test_predictions_stand_beside_what_was_observed_at_their_dose():
         )
         for s in splits
     ]
-    p = predictions(cells, splits, models)
+    p = predict_held_out(cells, splits, models)
     truth = effects(cells)
     assert p.n_obs == truth.n_obs and p.obs_names.is_unique and set(p.obs.dose) == {0.1, 1.0, 10.0}
     for i, row in enumerate(p.obs.itertuples()):

@@ -17,17 +17,16 @@ from biojepa.perturbations import BadAction
 from biojepa.signatures import check_signature, value_signatures
 from biojepa.signature_views import View, ViewConfig, base_rates, conjugate_gradients, unit_features
 from biojepa.signature_network import signature_loss
-from biojepa.signature_model import SignatureModel, paired_auroc, stack_weights
-from biojepa.signatures import (
+from biojepa.signature_model import SignatureModel, stack_weights
+from biojepa.signature_scores import (
     QUESTIONS,
-    BadSignatures,
     auroc_interval,
     gene_auroc,
     label_pairs,
-    signature_folds,
-    signatures,
-    read_signatures,
+    paired_auroc,
+    score_changes,
 )
+from biojepa.signatures import BadSignatures, read_signatures, signature_folds, signatures
 
 FAST = dict(
     progress=False, device="cpu", training=dict(steps=40, validate_every=20, width=16, rows=64)

@@ -9,19 +9,26 @@ from hypothesis import given, settings, strategies as st
 from sklearn.metrics import roc_auc_score
 
 from biojepa.signatures import (
-    SIGNATURE_BASELINES,
     BadSignatures,
+    read_families,
+    read_signatures,
+    signature_folds,
+    signatures,
+    value_signatures,
+)
+from biojepa.signature_baselines import (
+    SIGNATURE_BASELINES,
+    predict_signatures,
+    score_signatures,
+    similarity,
+)
+from biojepa.signature_scores import (
+    SIGNATURE_SCORES,
     auroc_interval,
     gene_auroc,
     judged_genes,
     label_pairs,
-    predict_signatures,
-    read_families,
-    read_signatures,
-    score_signatures,
-    signature_folds,
-    signatures,
-    similarity,
+    score_changes,
 )
 
 ROOT = Path(__file__).resolve().parents[1]

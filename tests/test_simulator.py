@@ -5,16 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from biojepa.simulator import (
-    SHIFT,
-    draw_network,
-    linear_response,
-    network_of,
-    simulate,
-    simulated_features,
-    steady_state,
-    true_effects,
-)
+from biojepa.effects import effects
+from biojepa.network import draw_network, linear_response, steady_state
+from biojepa.prepare import prepare
+from biojepa.simulator import SHIFT, network_of, simulate, simulated_features, true_effects
 
 few = settings(max_examples=8, deadline=None)
 seeds = st.integers(0, 10**6)
@@ -104,8 +98,6 @@ def test_truth_survives_the_disk(tmp_path):
 
 
 def test_seen_effects_are_the_true_ones_in_many_deep_cells():
-    from biojepa.prepare import prepare
-    from biojepa.effects import effects
     cells = simulate(
         n_genes=60,
         n_perturbations=6,

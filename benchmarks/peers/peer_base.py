@@ -2,7 +2,7 @@
 import biojepa as bj
 import numpy as np
 import pandas as pd
-from biojepa.cli import budget
+from biojepa.demo import budget
 from biojepa.splits import Split
 
 from handed import Task

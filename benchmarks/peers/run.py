@@ -59,7 +59,7 @@ def dataset(name, quick=False):
         cells = bj.prepare(bj.simulate(**size, seed=0), n_genes=size["n_genes"])
         return cells, [bj.split(cells, "unseen_gene", seed=0)], bj.simulated_features(cells)
     import anndata
-    from biojepa.cli import real_splits
+    from biojepa.demo import real_splits
     folder = Path(os.environ.get("BIOJEPA_DATA", ROOT.parent/"shared"))
     raw = anndata.read_h5ad(folder/"data/norman19_mcfaline23/devel.h5ad")
     raw = raw[(raw.obs.dataset == "norman19").values].copy()
