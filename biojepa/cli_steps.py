@@ -89,7 +89,7 @@ def _of_structures(path, names, progress):
 def _of_sequences(path, names, progress):
     "Words of DNA or RNA."
     from biojepa.nucleotides import kmer_profile
-    from biojepa.proteins import read_fasta
+    from biojepa.sequences import read_fasta
     if Path(path).name.removesuffix(".gz").endswith((".csv", ".tsv")):
         known = _column(path, "sequence")
     else:
@@ -99,7 +99,8 @@ def _of_sequences(path, names, progress):
 def _of_proteins(path, names, model, device, progress):
     "ESM-2 embeddings of the proteins of genes."
     from biojepa.loop import pick_device
-    from biojepa.proteins import load_esm2, protein_features, read_proteins
+    from biojepa.proteins import load_esm2, protein_features
+    from biojepa.sequences import read_proteins
     with naming(path): known = read_proteins(path)
     with naming(model): network = load_esm2(model, str(pick_device(device)))
     genes = sorted(g for g in names if g in known)
@@ -143,7 +144,7 @@ def _symbols(path):
 
 def _today(name, symbols):
     "The present symbol of a gene."
-    from biojepa.proteins import UnknownGene
+    from biojepa.sequences import UnknownGene
     try: return symbols.resolve(name) if symbols else name
     except UnknownGene: return name
 

@@ -94,11 +94,12 @@ def energy_distance(x: Tensor,  # a set of cells [..., M, d]
 
 # %% ../nbs/33_losses.ipynb #c066
 # embedding of what happened between two states [B, D]
-def inverse_dynamics(change: Tensor,
-                     action: Tensor,            # embedding of the action that was taken [B, D]
-                     group: Tensor,             # which action it was, long [B]
-                     temperature: float = 0.1   # of the softmax over cosines
-                    ) -> Tensor:                # scalar, in nats; log B where nothing is recovered
+def inverse_dynamics(
+    change: Tensor, # predicted or true change of the latents [B, D]
+    action: Tensor, # embedding of the action that was taken [B, D]
+    group: Tensor, # which action it was, long [B]
+    temperature: float = 0.1, # of the softmax over cosines
+) -> Tensor: # scalar, in nats; log B where nothing is recovered
     """Recover the action from the two states: minus log of the share that a change gives to its own action
     (InfoNCE, van den Oord et al. 2018)."""
     score = F.normalize(change, dim=-1) @ F.normalize(action, dim=-1).T / temperature   # [B, B]

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/20_perturbations.ipynb #c009
-from .patching import document
+from .patching import document, patch
 from .cells import CONTROL, MODES, join_parts
 
 # %% ../nbs/20_perturbations.ipynb #c016
@@ -38,30 +38,6 @@ class Part:
         why = self._wrong()
         if why: raise BadAction(f'{self.target!r}: {why}')
 
-    def _float(self, name):
-        try:
-            return float(getattr(self, name))
-        except (TypeError, ValueError):
-            raise BadAction(
-                f'{self.target!r}: {name} {getattr(self, name)!r} is not a number'
-            ) from None
-
-    def _wrong(self):
-        if not isinstance(self.target, str) or not self.target.strip():
-            return 'a target needs a name'
-        if self.target == CONTROL:
-            return 'not a target; no perturbation is the empty action, Action()'
-        if '+' in self.target:
-            return "'+' joins the parts of a combination: use Action.parse, or rename the target"
-        if self.mode not in MODES or self.mode == CONTROL:
-            return (
-                f'unknown mode {self.mode!r}; one of {", ".join(MODES[1:])}; '
-                '`biojepa.add_mode` adds one'
-            )
-        if not 0 <= self.dose < math.inf: return f'dose {self.dose} is not a number from 0 up'
-        if self.time < 0 or self.time == math.inf:
-            return f'time {self.time} is not a number of hours'
-
     def _key(self):
         return self.target, self.mode, self.dose, -1. if math.isnan(self.time) else self.time
     def __eq__(self, other): return isinstance(other, Part) and self._key() == other._key()
@@ -73,7 +49,36 @@ class Part:
         time = f', {self.time:g} h' * (not math.isnan(self.time))
         return f'{self.target} ({self.mode}{dose}{time})'
 
-# %% ../nbs/20_perturbations.ipynb #c025
+# %% ../nbs/20_perturbations.ipynb #c018
+@patch
+def _float(self: Part, name):
+    "A dose or time as a number."
+    try:
+        return float(getattr(self, name))
+    except (TypeError, ValueError):
+        raise BadAction(
+            f'{self.target!r}: {name} {getattr(self, name)!r} is not a number'
+        ) from None
+
+@patch
+def _wrong(self: Part):
+    "Why this part cannot be meant, or nothing."
+    if not isinstance(self.target, str) or not self.target.strip():
+        return 'a target needs a name'
+    if self.target == CONTROL:
+        return 'not a target; no perturbation is the empty action, Action()'
+    if '+' in self.target:
+        return "'+' joins the parts of a combination: use Action.parse, or rename the target"
+    if self.mode not in MODES or self.mode == CONTROL:
+        return (
+            f'unknown mode {self.mode!r}; one of {", ".join(MODES[1:])}; '
+            '`biojepa.add_mode` adds one'
+        )
+    if not 0 <= self.dose < math.inf: return f'dose {self.dose} is not a number from 0 up'
+    if self.time < 0 or self.time == math.inf:
+        return f'time {self.time} is not a number of hours'
+
+# %% ../nbs/20_perturbations.ipynb #c026
 def _each(value, n, name=None):
     """One value for each of n parts:
 
@@ -87,7 +92,7 @@ def _each(value, n, name=None):
         )
     return values
 
-# %% ../nbs/20_perturbations.ipynb #c027
+# %% ../nbs/20_perturbations.ipynb #c028
 @dataclass(frozen=True)
 class Action:
     "What is done to a cell at once: a set of parts. Without parts it is control."
@@ -107,28 +112,6 @@ class Action:
             )
         object.__setattr__(self, 'parts', ordered)
 
-    @classmethod
-    def parse(cls,
-              name: str,             # 'A', 'A+B' or 'control'
-              # one mode, or a list (or 'CRISPRi+drug') with one per part in the order written
-              mode='CRISPRi',
-              dose=1.,               # one dose, or a list
-              time=math.nan          # hours, one number or a list
-             ):
-        "The action that a label means."
-        if not isinstance(name, str): raise BadAction(f'{name!r} is not a label')
-        targets = [t.strip() for t in name.split('+')]
-        if targets == [CONTROL]: return cls()
-        if '' in targets: raise BadAction(f'label {name!r} has an empty part')
-        if any(t.count('[') != t.count(']') for t in targets):
-            raise BadAction(
-                f"{name!r}: its '+' would cut a bracket in two. Give the molecule a "
-                "name, and its SMILES as features"
-            )
-        return cls(
-            tuple(map(Part, targets, *(_each(v, len(targets), name) for v in (mode, dose, time))))
-        )
-
     @property
     def targets(self): return tuple(p.target for p in self.parts)
     @property
@@ -139,7 +122,30 @@ class Action:
     def __len__(self): return len(self.parts)
     def __str__(self): return ' + '.join(map(str, self.parts)) or CONTROL
 
-# %% ../nbs/20_perturbations.ipynb #c045
+# %% ../nbs/20_perturbations.ipynb #c029
+@patch(cls_method=True)
+def parse(cls: Action,
+          name: str,             # 'A', 'A+B' or 'control'
+          # one mode, or a list (or 'CRISPRi+drug') with one per part in the order written
+          mode='CRISPRi',
+          dose=1.,               # one dose, or a list
+          time=math.nan          # hours, one number or a list
+         ):
+    "The action that a label means."
+    if not isinstance(name, str): raise BadAction(f'{name!r} is not a label')
+    targets = [t.strip() for t in name.split('+')]
+    if targets == [CONTROL]: return cls()
+    if '' in targets: raise BadAction(f'label {name!r} has an empty part')
+    if any(t.count('[') != t.count(']') for t in targets):
+        raise BadAction(
+            f"{name!r}: its '+' would cut a bracket in two. Give the molecule a "
+            "name, and its SMILES as features"
+        )
+    return cls(
+        tuple(map(Part, targets, *(_each(v, len(targets), name) for v in (mode, dose, time))))
+    )
+
+# %% ../nbs/20_perturbations.ipynb #c047
 def actions_of(
         # column perturbation; optional mode, dose, time, as in obs of prepared cells, and
         # efficiency
@@ -172,12 +178,12 @@ def _weaker(name, mode, dose, efficiency):
     doses, modes = (_each(v, str(name).count('+') + 1, name) for v in (dose, mode))
     return [d if m in ('drug', 'cytokine') else d * efficiency for d, m in zip(doses, modes)]
 
-# %% ../nbs/20_perturbations.ipynb #c047
+# %% ../nbs/20_perturbations.ipynb #c049
 def strength(
     dose, # dose or array of doses; 1 for genetic perturbations
 ): # the same, as a factor
     "How much of an action a dose is: 0 at dose 0, 1 at dose 1, rising with the logarithm."
     return np.log1p(np.maximum(dose, 0)) / np.log(2)
 
-# %% ../nbs/20_perturbations.ipynb #c061
+# %% ../nbs/20_perturbations.ipynb #c063
 document(globals())

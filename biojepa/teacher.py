@@ -49,14 +49,18 @@ class Teacher(nn.Module):
         self.momentum = momentum
         self.encoder = deepcopy(student).requires_grad_(False).eval()
 
-    def train(self, mode: bool = True):
+    def train(self,
+        mode: bool = True, # ignored
+    ):
+        "A teacher never trains."
         return super().train(False)                 # a teacher is never in training mode
 
     @torch.no_grad()
     def forward(self,
-                *args,    # what the student takes: x [B, G], log_total [B], ...
-                **kwargs
-               ) -> Tensor: # targets [B, G, D], mean 0 and variance 1 within each token
+        *args, # what the student takes: x [B, G], log_total [B], ...
+        **kwargs,
+    ) -> Tensor: # targets [B, G, D], mean 0 and variance 1 within each token
+        "Latents of the slow copy."
         out = self.encoder(*args, **kwargs)
         tokens = out if torch.is_tensor(out) else out[0]
         return F.layer_norm(tokens, tokens.shape[-1:])
