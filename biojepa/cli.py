@@ -66,13 +66,15 @@ def _screen(data, how, features, quick, seed):
     "Cells, features and splits: of a file, or simulated."
     from biojepa.demo import real_splits, simulated_screen
     if data is None: return simulated_screen(quick, seed)
+    cells = read_screen(data, how)
+    table = read_features(features)
+    splits = real_splits(cells, seed)
     if not features:
         typer.echo(
             "no --features: of an unseen gene only its own expression is known; "
             "give features of genes to do better"
         )
-    cells = read_screen(data, how)
-    return cells, read_features(features), real_splits(cells, seed)
+    return cells, table, splits
 
 # %% ../nbs/84_cli.ipynb #c016
 data_app = typer.Typer(

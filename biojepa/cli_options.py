@@ -169,10 +169,10 @@ def naming(
 ):
     "Whatever goes wrong inside is an error that names these files."
     try: yield
-    except OSError: raise                     # names its file
     except (Exception, MemoryError) as e:
+        if isinstance(e, OSError) and e.filename: raise
         named = ", ".join(map(str, paths))
-        if from_here(e):
+        if from_here(e) and not isinstance(e, OSError):
             text = e.args[0] if named in str(e) else f"{named}: {e.args[0]}"
             raise type(e)(text) from e
         raise ValueError(
@@ -246,7 +246,7 @@ def read_prepared(
     from biojepa.files import read
     cells = read(path)
     if "biojepa" in cells.uns: return cells
-    raise ValueError(f"{path} was not prepared; run biojepa prepare {path} OUT.h5ad first")
+    raise ValueError(f"{path} was not prepared; run biojepa prepare first")
 
 def read_features(
     paths, # of --features, or None

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'HEAD', 'FLATTERING', 'RESULTS', 'budget', 'simulated_screen', 'context_splits', 'real_splits', 'fit_all',
-           'condition_names', 'predict_held_out', 'who_answers', 'run_demo', 'strongest', 'write_page', 'write_results']
+           'condition_names', 'predict_held_out', 'who_answers', 'run_demo', 'strongest', 'plot_card', 'write_page',
+           'write_results']
 
 # %% ../nbs/81_demo.ipynb #c003
 import html, json, os, time
@@ -213,6 +214,13 @@ HEAD = (
 )
 FLATTERING = "global|pearson_top20|r2_|shift"  # metrics that compare expression, not change
 
+def plot_card(
+    card, # of `scorecard`
+): # matplotlib Figure
+    "The scores that these cells allow: one perturbation alone has no rank."
+    known = set(card.table.dropna(subset="value").metric)
+    return card.plot([m for m in ("pearson_delta", "pearson_pert", "rank") if m in known])
+
 def write_page(
     path, # html
     card, # of `scorecard`
@@ -225,7 +233,7 @@ def write_page(
         _picture(plot_effect(predicted, observed, n), f"{n}: predicted and observed effect")
         for n in strongest(predicted)
     )
-    picture = _picture(card.plot(), "scores of every model between floor and ceiling")
+    picture = _picture(plot_card(card), "scores of every model between floor and ceiling")
     old = card.table[card.table.metric.str.contains(FLATTERING)]
     old = old.pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
     words = {k: html.escape(facts[k], quote=False) for k in ("what", "answers")}
@@ -245,7 +253,13 @@ change). <b>Ceiling</b>: what the noise of the observed effects allows, from hal
 
 # %% ../nbs/81_demo.ipynb #c031
 RESULTS = (
-    "index.html", "scores.csv", "scores.png", "card.html", "card.csv", "predictions.h5ad", "run.json",
+    "index.html",
+    "scores.csv",
+    "scores.png",
+    "card.html",
+    "card.csv",
+    "predictions.h5ad",
+    "run.json",
 )
 
 def write_results(
@@ -269,7 +283,7 @@ def write_results(
         "card.html": card.to_html,
         "predictions.h5ad": predicted.write_h5ad,
         "index.html": lambda p: write_page(p, card, predicted, facts),
-        "scores.png": lambda p: _save_picture(card.plot(), p),
+        "scores.png": lambda p: _save_picture(plot_card(card), p),
         "run.json": lambda p: Path(p).write_text(json.dumps(facts, indent=1)),
     }
     for name, write in steps.items(): write_atomic(out/name, write)
