@@ -19,7 +19,7 @@ from .cells import CONTROL, MODES, join_parts
 
 # %% ../nbs/20_perturbations.ipynb #c016
 class BadAction(ValueError):
-    """An action that cannot be meant; the message names the target and says what is wrong.
+    """An action that cannot be meant; the message names the target and what is wrong.
 
     """
 

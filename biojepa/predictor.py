@@ -218,7 +218,7 @@ class Gate(nn.Module):
 
 # %% ../nbs/34_predictor.ipynb #c057
 class ChangeBlock(nn.Module):
-    "One layer of the change stream: listen to the action, spread among genes, react."
+    "One layer of the change stream: attend to the action, spread among genes, react."
     def __init__(self, width, heads):
         super().__init__()
         self.listen = PartAttention(width, heads)
@@ -378,7 +378,7 @@ def renumber_modes(
     state: dict, # weights of a file, name -> tensor
     saved, # names of the modes in the order of the weights
 ) -> dict:
-    """The weights with their modes in the order of today; modes that the file does not know get
+    """The weights with their modes in the order of today; modes that the file lacks get
     empty rows."""
     out = dict(state)
     for name, m in model.named_modules():

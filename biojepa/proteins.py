@@ -106,7 +106,7 @@ PROTEIN_MODELS = (
 ADDRESS = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
 class BadCheckpoint(ValueError):
-    """A file that is no ESM-2 checkpoint; the message says what is missing.
+    """A file that is no ESM-2 checkpoint; the message names what is missing.
 
     """
 
