@@ -180,9 +180,10 @@ def _weaker(name, mode, dose, efficiency):
 
 # %% ../nbs/20_perturbations.ipynb #c049
 def strength(
-    dose, # dose or array of doses; 1 for genetic perturbations
-): # the same, as a factor
+    dose, # dose, array or torch tensor of doses; 1 for genetic perturbations
+): # the same kind, as a factor
     "How much of an action a dose is: 0 at dose 0, 1 at dose 1, rising with the logarithm."
+    if hasattr(dose, "log1p"): return dose.clip(0).log1p() / math.log(2)     # torch, with gradients
     return np.log1p(np.maximum(dose, 0)) / np.log(2)
 
 # %% ../nbs/20_perturbations.ipynb #c063
