@@ -214,6 +214,7 @@ HEAD = (
 )
 FLATTERING = "global|pearson_top20|r2_|shift"  # metrics that compare expression, not change
 
+# %% ../nbs/81_demo.ipynb #c030
 def plot_card(
     card, # of `scorecard`
 ): # matplotlib Figure
@@ -221,6 +222,7 @@ def plot_card(
     known = set(card.table.dropna(subset="value").metric)
     return card.plot([m for m in ("pearson_delta", "pearson_pert", "rank") if m in known])
 
+# %% ../nbs/81_demo.ipynb #c032
 def write_page(
     path, # html
     card, # of `scorecard`
@@ -251,7 +253,7 @@ change). <b>Ceiling</b>: what the noise of the observed effects allows, from hal
         encoding="utf-8",
     )
 
-# %% ../nbs/81_demo.ipynb #c031
+# %% ../nbs/81_demo.ipynb #c034
 RESULTS = (
     "index.html",
     "scores.csv",
@@ -293,5 +295,5 @@ def _save_picture(figure, path):
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
-# %% ../nbs/81_demo.ipynb #c034
+# %% ../nbs/81_demo.ipynb #c037
 document(globals())
