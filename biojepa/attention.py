@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .patching import document
 
 # %% ../nbs/30_attention.ipynb #c012
+#| code-fold: true
 def softmax_attention(q: Tensor,                 # queries [B, H, N, d]
                       k: Tensor,                 # keys [B, H, M, d]
                       v: Tensor,                 # values [B, H, M, d]
@@ -26,6 +27,7 @@ def softmax_attention(q: Tensor,                 # queries [B, H, N, d]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~any_key) * any_key
 
 # %% ../nbs/30_attention.ipynb #c023
+#| code-fold: true
 def linear_attention(q: Tensor,                  # queries [B, H, N, d]
                      k: Tensor,                  # keys [B, H, M, d]
                      v: Tensor,                  # values [B, H, M, e]
@@ -74,6 +76,7 @@ class _Attention(nn.Module):
         return self.out(heard.transpose(1, 2).flatten(2))
 
 # %% ../nbs/30_attention.ipynb #c045
+#| code-fold: true
 class LinearAttention(_Attention):
     "Linear attention, for many keys such as genes; [B, N, D] in, [B, N, D] out."
     attend = staticmethod(linear_attention)
@@ -90,6 +93,7 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 # %% ../nbs/30_attention.ipynb #c064
+#| code-fold: true
 class Block(nn.Module):
     """Attention among tokens, then a step of each token by itself; both pre-normed and added (Xiong
     et al. 2020)."""

@@ -19,9 +19,7 @@ from .cells import CONTROL, MODES, join_parts
 
 # %% ../nbs/20_perturbations.ipynb #c016
 class BadAction(ValueError):
-    """An action that cannot be meant; the message names the target and what is wrong.
-
-    """
+    "An action that cannot be meant; the message names the target and what is wrong."
 
 # %% ../nbs/20_perturbations.ipynb #c017
 MOST_DOSE, MOST_HOURS = 1e6, 1e5  # more is a mistake of units
@@ -83,10 +81,8 @@ def _wrong(self: Part):
 
 # %% ../nbs/20_perturbations.ipynb #c026
 def _each(value, n, name=None):
-    """One value for each of n parts:
-
-    a single one is repeated, a list, or modes joined by '+', must have n entries.
-    """
+    """One value for each of n parts: a single one is repeated, a list, or modes joined by '+', must
+    have n entries."""
     if isinstance(value, str) and '+' in value: value = value.split('+')
     values = list(value) if isinstance(value, (list, tuple)) else [value] * n
     if len(values) != n:

@@ -37,11 +37,10 @@ def random_mask(
     return order[:, n:].sort(1).values, order[:, :n].sort(1).values
 
 # %% ../nbs/32_teacher.ipynb #c025
+#| code-fold: true
 class Teacher(nn.Module):
-    """A slow copy of an encoder:
-
-    no gradient reaches it, and it answers with layer-normalised tokens.
-    """
+    """A slow copy of an encoder: no gradient reaches it, and it answers with layer-normalised
+    tokens."""
     def __init__(self,
                  student: nn.Module,        # the encoder to follow
                  momentum: float = 0.996):  # share of itself that the teacher keeps at each update
