@@ -119,6 +119,10 @@ SCREEN |= dict(
             "mean", help="Which genes: mean (highest in controls) or hvg (most variable)."
         ),
     ),
+    parse_labels=(
+        bool,
+        typer.Option(False, help="Take doses, times and guide numbers out of the labels."),
+    ),
     drop=(
         Optional[List[str]],
         typer.Option(None, help="Leave out this perturbation value; may be repeated."),
@@ -160,7 +164,7 @@ def as_arguments(
     how["sep"] = how["sep"] or None
     how["drop"] = how["drop"] or ()
     if len(how["control"]) == 1: how["control"], = how["control"]
-    return how
+    return {k: v for k, v in how.items() if v is not False}
 
 # %% ../nbs/82_cli_options.ipynb #c020
 @contextmanager

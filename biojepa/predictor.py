@@ -42,6 +42,7 @@ class BlockV03(nn.Module):
         return x + self.mlp(self.norm3(x))
 
 # %% ../nbs/34_predictor.ipynb #c012
+#| code-fold: true
 class PredictorV03(nn.Module):
     """Latent of the treated cell from the control cell's tokens and one 320-d action vector, as in
     v0.3."""
@@ -133,6 +134,7 @@ def blur(self: ActionTokens,
     return features + self.noise * noise, heard & (chance >= self.drop)
 
 # %% ../nbs/34_predictor.ipynb #c042
+#| code-fold: true
 class PartAttention(nn.Module):
     "Every gene attends the tokens of each part by itself; the answers are summed over parts."
     def __init__(self, width, heads):
@@ -167,11 +169,10 @@ class PartAttention(nn.Module):
         return share.flatten(2) @ say
 
 # %% ../nbs/34_predictor.ipynb #c050
+#| code-fold: true
 class Spread(nn.Module):
-    """Linear attention among genes:
-
-    the wiring comes from the cell, what travels on it is the change.
-    """
+    """Linear attention among genes: the wiring comes from the cell, what travels on it is the
+    change."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -198,11 +199,10 @@ class Spread(nn.Module):
         return q.flatten(2) @ torch.einsum('phkd,hde->phke', memory, out).flatten(1, 2)
 
 # %% ../nbs/34_predictor.ipynb #c054
+#| code-fold: true
 class Gate(nn.Module):
-    """An MLP on the change whose hidden units are multiplied by the cell:
-
-    no change in, no change out.
-    """
+    """An MLP on the change whose hidden units are multiplied by the cell: no change in, no change
+    out."""
     def __init__(self, width, expand=2):
         super().__init__()
         self.up = _linear(width, expand * width)
@@ -217,8 +217,9 @@ class Gate(nn.Module):
         return self.down(F.gelu(self.up(change)) * self.cell(cell))
 
 # %% ../nbs/34_predictor.ipynb #c057
+#| code-fold: true
 class ChangeBlock(nn.Module):
-    "One layer of the change stream: listen to the action, spread among genes, react."
+    "One layer of the change stream: attend to the action, spread among genes, react."
     def __init__(self, width, heads):
         super().__init__()
         self.listen = PartAttention(width, heads)
@@ -316,10 +317,8 @@ def action_vector(
         action,          # ActionBatch of P actions
         width: int = 320 # numbers in the vector
     ) -> Tensor:         # [P, width]
-    """One vector per action, as v0.3 takes it:
-
-    mean of the features of its parts, zero-padded or randomly projected (fixed seed).
-    """
+    """One vector per action, as v0.3 takes it: mean of the features of its parts, zero-padded or
+    randomly projected (fixed seed)."""
     mask = action.mask[..., None].to(action.features.dtype)
     # [P, F]
     x = (action.features * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -330,6 +329,7 @@ def action_vector(
     return x @ project.to(x)
 
 # %% ../nbs/34_predictor.ipynb #c090
+#| code-fold: true
 class MaskedPredictor(nn.Module):
     "Teacher latents of masked genes, asked by identity from visible tokens and the cell's summary."
     def __init__(self,
@@ -378,7 +378,7 @@ def renumber_modes(
     state: dict, # weights of a file, name -> tensor
     saved, # names of the modes in the order of the weights
 ) -> dict:
-    """The weights with their modes in the order of today; modes that the file does not know get
+    """The weights with their modes in the order of today; modes that the file lacks get
     empty rows."""
     out = dict(state)
     for name, m in model.named_modules():

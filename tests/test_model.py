@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from biojepa.cells import MODES
 from biojepa.model import build, config_from_json, config_to_json, configure, count_parameters
 from biojepa.perturbations import strength
-from biojepa.predictor import MaskedPredictor, Predictor, PredictorV03, action_vector, 
+from biojepa.predictor import MaskedPredictor, Predictor, PredictorV03, action_vector
 
 torch.set_num_threads(1)
 G = 12
