@@ -134,7 +134,7 @@ def count_parameters(module: nn.Module # any module
     "Learned numbers in a module; buffers and a teacher's frozen copies are not learned."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../nbs/37_model.ipynb #c032
+# %% ../nbs/37_model.ipynb #c033
 @patch
 def context(self: WorldModel,
              x: Tensor,             # log1p expression of sets of cells [B, M, G]
@@ -153,7 +153,7 @@ def context(self: WorldModel,
     tokens = [t if torch.is_tensor(t) else t[0] for t in map(encode, range(0, len(cells), chunk))]
     return torch.cat(tokens).unflatten(0, x.shape[:2]).mean(1)
 
-# %% ../nbs/37_model.ipynb #c036
+# %% ../nbs/37_model.ipynb #c037
 def among(action,        # ActionBatch whose targets are rows among all genes
           genes: Tensor  # the genes that are there, ascending [K]
          ):              # ActionBatch whose targets are rows among those
@@ -166,7 +166,7 @@ def among(action,        # ActionBatch whose targets are rows among all genes
         raise ValueError('the target of an action is not among the genes')
     return replace(action, target=torch.where(action.target >= 0, place, action.target))
 
-# %% ../nbs/37_model.ipynb #c037
+# %% ../nbs/37_model.ipynb #c038
 @patch
 def forward(self: WorldModel,
              context: Tensor,      # control states [P, G, D], or [1, G, D] shared by all actions
@@ -187,7 +187,7 @@ def forward(self: WorldModel,
     mean, log_variance = self.predictor(context.expand(len(vector), -1, -1), vector)
     return Change(mean - context, log_variance, None)
 
-# %% ../nbs/37_model.ipynb #c039
+# %% ../nbs/37_model.ipynb #c040
 @patch
 def per_gene(self: WorldModel,
               # latents of genes, or of pathways [B, G or K, D]
@@ -199,5 +199,5 @@ def per_gene(self: WorldModel,
     if self.config.preset != 'v0_2': return z
     return (self.teacher.encoder if teacher else self.student).to_genes(z, variance)
 
-# %% ../nbs/37_model.ipynb #c067
+# %% ../nbs/37_model.ipynb #c068
 document(globals())
