@@ -8,7 +8,7 @@ from types import ModuleType
 # The names that users type, imported when first used: `biojepa --help` need not wait for torch.
 _API = {
     "simulate": "simulator", "simulated_features": "simulator", "true_effects": "simulator",
-    "read": "files", "prepare": "prepare", "effects": "effects", "add_mode": "cells",
+    "read": "files", "preview_labels": "labels", "prepare": "prepare", "effects": "effects", "add_mode": "cells",
     "dataset": "catalog", "datasets": "catalog", "concat": "concat",
     "split": "splits", "folds": "splits",
     "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",

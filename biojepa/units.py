@@ -117,7 +117,7 @@ def _words(way, total):
             "take the counts, which are numpy.rint of it undone",
         )
     if total is None or abs(total / TOTAL - 1) < 0.01: of = ""
-    else: of = f" of counts per {total:,.5g}"
+    else: of = f" of counts per {round(total):,}"
     base = {"log2(1 + x)": "numpy.log(2)", "log10(1 + x)": "numpy.log(10)"}.get(way)
     if base and not of: return done, f"multiply X by {base}"
     if way == "log1p, taken twice" and not of: return done, "take numpy.expm1 of X once"
