@@ -71,18 +71,24 @@ def fit(cls: SignatureModel,
         config = SignatureConfig(**(training or {}))
         self.train_network(obs, entries, held, train, val, config, device, path, progress)
         if len(val): found["network"] = self.judge_part(self.network_evidence(obs.iloc[val]), held)
-    base = self.base[:, line[val][held.row], held.gene]
-    self.stack(found or dict.fromkeys([*first, *["network"] * network]), held, base)
-    self.set_scales(found, held, base)
-    left = self.set_base(entries, line, np.concatenate([train, val]))
-    weights = {s: v.weights for s, v in first.items()}
-    del first
-    self.views = {s: self.fit_view(w, obs, left, views) for s, w in weights.items()}
-    self.set_own(obs, left)
+    self._mix(first, found, entries, held, train, val, obs, views)
     if out: self.save(out)
     return self
 
-# %% ../nbs/57_signature_model.ipynb #c013
+# %% ../nbs/57_signature_model.ipynb #c010
+@patch
+def _mix(self: SignatureModel, first, found, entries, held, train, val, obs, config):
+    "Weights and scales on validation entries; then base rates and views with validation."
+    line = self.line_of(obs)
+    base = self.base[:, line[val][held.row], held.gene]
+    names = [*first, *["network"] * (self.network is not None)]
+    self.stack(found or dict.fromkeys(names), held, base)
+    self.set_scales(found, held, base)
+    left = self.set_base(entries, line, np.concatenate([train, val]))
+    for name, view in first.items(): self.views[name] = self.fit_view(view.weights, obs, left, config)
+    self.set_own(obs, left)
+
+# %% ../nbs/57_signature_model.ipynb #c014
 class NewContext(UserWarning):
     "A line or a gene that was not in training."
 
@@ -113,6 +119,7 @@ def base_of(self: SignatureModel,
     at = torch.tensor(pd.Index(self.genes).get_indexer(genes))
     return base[:, line][..., at], count[line][:, at]
 
+# %% ../nbs/57_signature_model.ipynb #c015
 @patch
 def support(self: SignatureModel,
     names, # of perturbations
@@ -125,7 +132,7 @@ def support(self: SignatureModel,
     new = np.zeros(len(out), bool) if line is None else np.asarray(line) < 0
     return np.where(new, out * len(self.lines) / (len(self.lines) + 1), out)
 
-# %% ../nbs/57_signature_model.ipynb #c015
+# %% ../nbs/57_signature_model.ipynb #c017
 @patch
 def _label_layers(self: SignatureModel, added, base, count, new, strange):
     "change, direction, base rate, and the interval of change."
@@ -160,7 +167,7 @@ def _value_layers(self: SignatureModel, added, base, genes, new, strange):
     std = wide(self.scales["factor"])
     return dict(value=value, std=std, low=value - reach, high=value + reach)
 
-# %% ../nbs/57_signature_model.ipynb #c016
+# %% ../nbs/57_signature_model.ipynb #c018
 @patch
 def _put_own(self: SignatureModel, layers, asked, genes):
     "The own gene of a perturbation, as the mean of own genes in training, by mode."
@@ -197,7 +204,7 @@ def _layers(self: SignatureModel, asked, genes, strange):
     self._put_own(layers, asked, genes)
     return {k: np.asarray(v, np.float32) for k, v in layers.items()}
 
-# %% ../nbs/57_signature_model.ipynb #c018
+# %% ../nbs/57_signature_model.ipynb #c020
 @patch
 def with_features(self: SignatureModel,
     # of other perturbations, from the sources of the fit and not whitened: anything that `as_table`
@@ -224,7 +231,7 @@ def _check_question(self: SignatureModel, names, mode):
             f"ask for {' and '.join(parts(joined[0]))} one by one"
         )
 
-# %% ../nbs/57_signature_model.ipynb #c020
+# %% ../nbs/57_signature_model.ipynb #c022
 @patch
 def _warn_new(self: SignatureModel, lines, genes):
     "One warning for lines, one for genes that were not in training."
@@ -243,7 +250,7 @@ def _warn_new(self: SignatureModel, lines, genes):
             NewContext, stacklevel=3,
         )
 
-# %% ../nbs/57_signature_model.ipynb #c021
+# %% ../nbs/57_signature_model.ipynb #c023
 @patch
 def predict(self: SignatureModel,
     data: AnnData | None, # signatures whose genes are asked for, or None: the model's genes
@@ -284,7 +291,7 @@ def predict(self: SignatureModel,
     obs["missing"] = known.missing.reindex(obs.perturbation).values
     return self._answer(obs, asked, genes)
 
-# %% ../nbs/57_signature_model.ipynb #c022
+# %% ../nbs/57_signature_model.ipynb #c024
 @patch
 def _answer(self: SignatureModel, obs, asked, genes):
     "The answer as AnnData."
@@ -310,7 +317,7 @@ def _answer(self: SignatureModel, obs, asked, genes):
     )
     return out
 
-# %% ../nbs/57_signature_model.ipynb #c031
+# %% ../nbs/57_signature_model.ipynb #c033
 @patch
 def save(self: SignatureModel,
     folder: str | Path, # created when it is not there
@@ -342,7 +349,7 @@ def load(cls: SignatureModel,
         raise BadSignatures(f"{folder} holds no model of signatures; BioJEPA.load reads both kinds")
     with reading(folder): return cls._from_parts(arrays, facts)
 
-# %% ../nbs/57_signature_model.ipynb #c032
+# %% ../nbs/57_signature_model.ipynb #c034
 @patch(cls_method=True)
 def _from_parts(cls: SignatureModel, arrays, facts):
     "A model from what was saved."
@@ -368,5 +375,5 @@ def _from_parts(cls: SignatureModel, arrays, facts):
     self.network.eval()
     return self
 
-# %% ../nbs/57_signature_model.ipynb #c045
+# %% ../nbs/57_signature_model.ipynb #c047
 document(globals())

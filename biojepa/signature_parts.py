@@ -140,6 +140,7 @@ def set_base(self: SignatureModel,
     self.count = count_entries(taught, line, len(self.lines))
     return taught.minus(self.base, line)
 
+# %% ../nbs/56_signature_parts.ipynb #c017
 @patch
 def fit_view(self: SignatureModel,
     weights, # source -> weight
@@ -172,7 +173,7 @@ def view_evidence(self: SignatureModel,
     x = self.units(view.weights, obs.perturbation)
     return view(x, self.line_of(obs), place, self.units(view.weights, genes))
 
-# %% ../nbs/56_signature_parts.ipynb #c019
+# %% ../nbs/56_signature_parts.ipynb #c020
 @patch
 def skill(self: SignatureModel,
     added, # [Q, R, G] evidence
@@ -198,6 +199,7 @@ def judge_part(self: SignatureModel,
     "What stacking needs to know of a part."
     return added[:, held.row, held.gene].numpy(), self.skill(added, held.dense())
 
+# %% ../nbs/56_signature_parts.ipynb #c021
 @patch
 def fit_views(self: SignatureModel,
     obs, # of all rows
@@ -218,7 +220,7 @@ def fit_views(self: SignatureModel,
         if len(val): found["together"] = judged(views["together"])
     return views, found
 
-# %% ../nbs/56_signature_parts.ipynb #c022
+# %% ../nbs/56_signature_parts.ipynb #c024
 @patch
 @torch.no_grad()
 def network_evidence(self: SignatureModel,
@@ -244,7 +246,7 @@ def network_evidence(self: SignatureModel,
         out[:, i[:, None], place[place >= 0]] = added.float().cpu()
     return out
 
-# %% ../nbs/56_signature_parts.ipynb #c023
+# %% ../nbs/56_signature_parts.ipynb #c025
 @patch
 def train_network(self: SignatureModel,
     obs, # of all rows
@@ -276,7 +278,7 @@ def train_network(self: SignatureModel,
     )
     self.network.eval().cpu()
 
-# %% ../nbs/56_signature_parts.ipynb #c026
+# %% ../nbs/56_signature_parts.ipynb #c028
 @patch
 def stack(self: SignatureModel,
     found, # name -> evidence at entries [Q, n], skill [Q]
@@ -295,6 +297,7 @@ def stack(self: SignatureModel,
         w = stack_weights(parts, truth, [k[q] for _, k in found.values()])
         self.weights[name] = dict(zip(found, map(float, w)))
 
+# %% ../nbs/56_signature_parts.ipynb #c029
 @patch
 def set_scales(self: SignatureModel,
     found, # name -> evidence at entries [Q, n], skill [Q]
@@ -322,7 +325,7 @@ def set_scales(self: SignatureModel,
         line=line_spread(self.base[0].numpy(), self.count.numpy()),
     )
 
-# %% ../nbs/56_signature_parts.ipynb #c029
+# %% ../nbs/56_signature_parts.ipynb #c032
 @patch
 def set_own(self: SignatureModel,
     obs, # of all rows
@@ -335,5 +338,5 @@ def set_own(self: SignatureModel,
     mode = obs["mode"].values.astype(str)[left.row]
     self.own = own_genes(back.numpy(), names[left.row], genes[left.gene], mode)
 
-# %% ../nbs/56_signature_parts.ipynb #c032
+# %% ../nbs/56_signature_parts.ipynb #c035
 document(globals())
