@@ -342,7 +342,6 @@ def _elsewhere(cells, seed, context, val):
 RULES = {"unseen_gene": _unseen_gene, "simulation": _simulation, "unseen_pair": _unseen_pair}
 CONTEXTS = {"unseen_context": _unseen_context, "elsewhere": _elsewhere}
 
-# %% ../nbs/14_splits.ipynb #c068
 def split(
     cells: AnnData, # prepared cells
     # 'unseen_gene', 'simulation' (GEARS), 'unseen_pair', 'unseen_context' or 'elsewhere'
@@ -368,7 +367,7 @@ def split(
     check_split(out, cells)
     return out
 
-# %% ../nbs/14_splits.ipynb #c078
+# %% ../nbs/14_splits.ipynb #c077
 def folds(
     cells: AnnData, # prepared cells
     k: int = 5, # number of folds
@@ -388,5 +387,5 @@ def folds(
     for s in out: check_split(s, cells)
     return out
 
-# %% ../nbs/14_splits.ipynb #c084
+# %% ../nbs/14_splits.ipynb #c083
 document(globals())
