@@ -10,7 +10,7 @@ from biojepa.cells import CONTROL, parts
 from biojepa.prepare import prepare
 from biojepa.simulator import simulate
 from biojepa.splits import PARTS, RULES, Leak, Split, check_split, folds, split
-from screens import few, refused, screen, screens
+from tests.screens import few, refused, screen, screens
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*are not measured",
