@@ -25,7 +25,7 @@ from biojepa.effects import effects
 from biojepa.perturbations import Action, BadAction, actions_of
 from biojepa.simulator import simulate
 from biojepa.splits import split
-from screens import GENES, few, refused, screen, screens
+from tests.screens import GENES, few, refused, screen, screens
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*are not measured",

@@ -23,7 +23,7 @@ from biojepa.effects import (
 )
 from biojepa.prepare import prepare
 from biojepa.simulator import simulate
-from screens import few, refused, screen, screens, seeds
+from tests.screens import few, refused, screen, screens, seeds
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*are not measured",
