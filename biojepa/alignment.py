@@ -14,14 +14,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 # %% ../nbs/28_alignment.ipynb #c005
-from .patching import document
+from .patching import document, patch
 from .featurizers import as_table
 
 # %% ../nbs/28_alignment.ipynb #c007
 def info_nce(
     a: torch.Tensor, # [n, D] unit vectors from one side
     b: torch.Tensor, # [n, D] of the same targets from the other
-    temperature: float = 0.1,
+    temperature: float = 0.1, # of the softmax: the smaller, the sharper
 ) -> torch.Tensor: # scalar, nats
     "Symmetric InfoNCE."
     score = a @ b.T / temperature
@@ -46,60 +46,71 @@ class Alignment:
         self.maps = maps
         self.history = history
 
-    # unit vectors; None: the targets that `align` knew
-    def transform(self, source: str, features: pd.DataFrame | None = None) -> pd.DataFrame:
-        "One source in the shared space, new targets too."
-        if source not in self.maps:
-            raise ValueError(f"source {source!r} is not one of {', '.join(self.maps)}")
-        frame = (
-            self.table.sources[source]
-            if features is None
-            else self.table._white(source, as_table({source: features}).sources[source])
-        )
-        with torch.no_grad():
-            z = F.normalize(self.maps[source](torch.from_numpy(frame.to_numpy())), dim=1)
-        return pd.DataFrame(z.numpy(), index=frame.index)
-
     def together(self) -> pd.DataFrame: # mean of the unit vectors of the sources that know a target
         "One vector per target, from whatever is known of it."
         each = [self.transform(s) for s in self.maps]
         return pd.concat(each).groupby(level=0, sort=True).mean()
 
-    def score(self, names) -> pd.DataFrame: # from, to, n, retrieval, top1 and their chance
-        "Retrieval between every two sources over the named targets that both know."
-        rows = []
-        for a in self.maps:
-            for b in self.maps:
-                x = self.transform(a)
-                y = self.transform(b)
-                both = [n for n in names if n in x.index and n in y.index]
-                if a == b or len(both) < 2: continue
-                r = retrieval(x.loc[both], y.loc[both])
-                rows.append(
-                    {
-                        "from": a,
-                        "to": b,
-                        "n": len(both),
-                        "retrieval": r.mean(),
-                        "top 1 %": (r >= 0.99).mean(),
-                        "chance": 0.5,
-                    }
-                )
-        return pd.DataFrame(rows)
-
 # %% ../nbs/28_alignment.ipynb #c013
+# unit vectors; None: the targets that `align` knew
+@patch
+def transform(self: Alignment,
+    source: str, # name of the source
+    # numbers of targets, n x d; None: all that the alignment was made with
+    features: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    "One source in the shared space, new targets too."
+    if source not in self.maps:
+        raise ValueError(f"source {source!r} is not one of {', '.join(self.maps)}")
+    frame = (
+        self.table.sources[source]
+        if features is None
+        else self.table._white(source, as_table({source: features}).sources[source])
+    )
+    with torch.no_grad():
+        z = F.normalize(self.maps[source](torch.from_numpy(frame.to_numpy())), dim=1)
+    return pd.DataFrame(z.numpy(), index=frame.index)
+
+# %% ../nbs/28_alignment.ipynb #c014
+@patch
+def score(self: Alignment,
+    names, # targets to score on, best such that took no part
+) -> pd.DataFrame: # from, to, n, retrieval, top1 and their chance
+    "Retrieval between every two sources over the named targets that both know."
+    rows = []
+    for a in self.maps:
+        for b in self.maps:
+            x = self.transform(a)
+            y = self.transform(b)
+            both = [n for n in names if n in x.index and n in y.index]
+            if a == b or len(both) < 2: continue
+            r = retrieval(x.loc[both], y.loc[both])
+            rows.append(
+                {
+                    "from": a,
+                    "to": b,
+                    "n": len(both),
+                    "retrieval": r.mean(),
+                    "top 1 %": (r >= 0.99).mean(),
+                    "chance": 0.5,
+                }
+            )
+    return pd.DataFrame(rows)
+
+# %% ../nbs/28_alignment.ipynb #c016
 def align(
     features, # two or more sources: anything that `as_table` takes, not whitened
-    train, # targets that teach
+    train, # targets to fit the maps on
     val, # targets that say when to stop; none of `train`
     width: int = 64, # numbers in the shared space
-    temperature: float = 0.1,
-    steps: int = 600, lr: float = 3e-3,
+    temperature: float = 0.1, # of the loss
+    steps: int = 600, # optimiser steps at most
+    lr: float = 3e-3, # learning rate
     batch: int = 512, # targets per step
     patience: int = 5, # validations without progress
     every: int = 25, # steps between validations
-    seed: int = 0,
-    progress: bool = True,
+    seed: int = 0, # of weights and batches
+    progress: bool = True, # bar
 ) -> Alignment:
     """Bring descriptions of the same targets into one space by InfoNCE; the best step on
     validation is kept."""
@@ -109,43 +120,27 @@ def align(
     if len(table.sources) < 2:
         raise ValueError(f"two sources are needed, there is {', '.join(table.sources)}")
     pairs = [(a, b) for i, a in enumerate(table.sources) for b in list(table.sources)[i + 1:]]
-    def known(names, a, b):
-        return np.array(
-            [
-                n
-                for n in dict.fromkeys(names)
-                if n in table.sources[a].index and n in table.sources[b].index
-            ]
-        )
-    taught, held = ({p: known(names, *p) for p in pairs} for names in (train, val))
+    taught, held = ({p: _shared(table, names, *p) for p in pairs} for names in (train, val))
     pairs = [p for p in pairs if len(taught[p]) >= 2 and len(held[p]) >= 2]
     if not pairs: raise ValueError("no two sources share two targets of train and two of val")
     rng = np.random.default_rng(seed)
     _ = torch.manual_seed(seed)
-    maps = nn.ModuleDict(
-        {
-            s: nn.Linear(f.shape[1], width, bias=False)
-            for s, f in table.sources.items()
-            if any(s in p for p in pairs)
-        }
-    )
-    return _train(
-        Alignment(table, maps, []),
-        pairs,
-        taught,
-        held,
-        temperature,
-        steps,
-        batch,
-        lr,
-        patience,
-        every,
-        rng,
-        progress,
-    )
+    used = {s: f.shape[1] for s, f in table.sources.items() if any(s in p for p in pairs)}
+    maps = nn.ModuleDict({s: nn.Linear(d, width, bias=False) for s, d in used.items()})
+    how = (temperature, steps, batch, lr, patience, every, rng, progress)
+    return _train(Alignment(table, maps, []), pairs, taught, held, *how)
 
-# %% ../nbs/28_alignment.ipynb #c014
-def _train(new, pairs, taught, held, temperature, steps, batch, lr, patience, every, rng, progress):
+# %% ../nbs/28_alignment.ipynb #c017
+def _shared(table, names, a, b):
+    "Names that both of two sources know."
+    both = table.sources[a].index.intersection(table.sources[b].index)
+    return np.array([n for n in dict.fromkeys(names) if n in both])
+
+# %% ../nbs/28_alignment.ipynb #c019
+def _train(
+    new, pairs, taught, held, temperature, steps, batch, lr, patience, every, rng, progress
+):
+    "Train the maps of an alignment; keep those of the best validation."
     def rows(s, names):
         return F.normalize(
             new.maps[s](torch.from_numpy(new.table.sources[s].loc[names].to_numpy())), dim=1
@@ -174,11 +169,13 @@ def _train(new, pairs, taught, held, temperature, steps, batch, lr, patience, ev
         if step % every: continue
         new.history.append((step, score := validate()))
         if score > best:
-            best, kept, stale = score, {k: v.clone() for k, v in new.maps.state_dict().items()}, 0
+            best = score
+            kept = {k: v.clone() for k, v in new.maps.state_dict().items()}
+            stale = 0
         elif (stale := stale + 1) >= patience:
             break
     new.maps.load_state_dict(kept)
     return new
 
-# %% ../nbs/28_alignment.ipynb #c021
+# %% ../nbs/28_alignment.ipynb #c026
 document(globals())

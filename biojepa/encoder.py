@@ -14,6 +14,7 @@ from .patching import document, patch
 from .attention import Block
 
 # %% ../nbs/31_encoder.ipynb #c011
+#| code-fold: true
 class EncoderV03(nn.Module):
     """The v0.3 encoder: token = value x identity; a mask token takes the place of a hidden gene's
     token."""
@@ -30,10 +31,11 @@ class EncoderV03(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self,
-                x: Tensor,                 # log1p expression [B, G]
-                log_total: Tensor,         # log1p of the library size [B]
-                mask: Tensor | None = None # which genes are hidden, bool [B, G]
-               ) -> Tensor:                # tokens [B, G, D]
+        x: Tensor, # log1p expression [B, G]
+        log_total: Tensor, # log1p of the library size [B]
+        mask: Tensor | None = None, # which genes are hidden, bool [B, G]
+    ) -> Tensor: # tokens [B, G, D]
+        "Latents of all genes."
         tokens = x[..., None] * self.identity.weight                                # [B, G, D]
         if mask is not None: tokens = torch.where(mask[..., None], self.mask_token, tokens)
         tokens = tokens + self.total(log_total[:, None])[:, None]                   # + [B, 1, D]
@@ -49,6 +51,7 @@ def value_features(x: Tensor,     # log1p expression [B, K]
     return torch.stack([x, ((x - mean) / sd).clamp(-8, 8), (x > 0).to(x.dtype)], -1)
 
 # %% ../nbs/31_encoder.ipynb #c037
+#| code-fold: true
 class GeneTokens(nn.Module):
     """One token per gene: identity + what its value is + turned identity times z-score + library
     size."""
@@ -68,10 +71,11 @@ class GeneTokens(nn.Module):
         for name, value in start.items(): self.register_buffer(name, value)
 
     def forward(self,
-                x: Tensor,                      # log1p expression [B, G]
-                log_total: Tensor,              # log1p of the library size [B]
-                visible: Tensor | None = None   # indices of genes to encode [B, K]; None: all
-               ) -> Tensor:                     # [B, K, D], in the order of `visible`
+        x: Tensor, # log1p expression [B, G]
+        log_total: Tensor, # log1p of the library size [B]
+        visible: Tensor | None = None, # indices of genes to encode [B, K]; None: all
+    ) -> Tensor: # [B, K, D], in the order of `visible`
+        "Tokens of genes: identity, value and library size."
         def pick(t): return t if visible is None else t.expand_as(x).gather(1, visible)
         f = value_features(pick(x), pick(self.mean), pick(self.sd))
         identity = self.identity.weight if visible is None else self.identity(visible)
@@ -104,6 +108,7 @@ def set_reference(self: GeneTokens,
     return self
 
 # %% ../nbs/31_encoder.ipynb #c045
+#| code-fold: true
 class Encoder(nn.Module):
     "The base encoder: only visible genes are encoded, and summary tokens carry the cell."
     def __init__(self,
@@ -122,16 +127,21 @@ class Encoder(nn.Module):
         lambda self: self.embed.identity,
         doc="What is known of each gene before the cell is seen: Embedding [G, D].",
     )
-    def set_reference(self, mean, sd, typical_total=None):
+    def set_reference(self,
+        mean, # [G] mean of control cells
+        sd, # [G] their standard deviation
+        typical_total=None, # log1p of a usual library size
+    ):
+        "Control mean and spread of each gene, which values are compared with."
         self.embed.set_reference(mean, sd, typical_total)
         return self
 
-    def forward(
-        self,
-        x: Tensor,  # log1p expression [B, G]
-        log_total: Tensor,  # log1p of the library size [B]
-        visible: Tensor | None = None,  # indices of genes to encode [B, K]; None: all
-    ) -> tuple[Tensor, Tensor]:  # tokens [B, K, D] in the order of `visible`, summary [B, S, D]
+    def forward(self,
+        x: Tensor, # log1p expression [B, G]
+        log_total: Tensor, # log1p of the library size [B]
+        visible: Tensor | None = None, # indices of genes to encode [B, K]; None: all
+    ) -> tuple[Tensor, Tensor]: # tokens [B, K, D] in the order of `visible`, summary [B, S, D]
+        "Tokens of visible genes and the summary of the cell."
         tokens = self.embed(x, log_total, visible)
         n = tokens.shape[1]
         tokens = torch.cat([tokens, self.summary.expand(len(x), -1, -1)], 1)        # [B, K + S, D]

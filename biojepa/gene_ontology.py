@@ -37,7 +37,7 @@ def go_features(
     path, # GAF file, plain or .gz
     width: int = 128, # numbers per gene, at most
     least: int = 3, # genes that a term must have; rarer ones tell no two genes alike
-    seed: int = 0,
+    seed: int = 0, # of the decomposition
 ) -> pd.DataFrame: # genes that have such a term x width
     """What the Gene Ontology says of each gene, as leading directions of genes x terms.
 
@@ -58,5 +58,5 @@ def go_features(
     z = TruncatedSVD(min(width, min(x.shape) - 1), random_state=seed).fit_transform(x)
     return pd.DataFrame(z.astype(np.float32), index=genes)
 
-# %% ../nbs/27_gene_ontology.ipynb #c010
+# %% ../nbs/27_gene_ontology.ipynb #c013
 document(globals())

