@@ -98,9 +98,6 @@ def score(self: Alignment,
     return pd.DataFrame(rows)
 
 # %% ../nbs/28_alignment.ipynb #c016
-#| export
-
-# %% ../nbs/28_alignment.ipynb #c018
 def align(
     features, # two or more sources: anything that `as_table` takes, not whitened
     train, # targets to fit the maps on
@@ -133,13 +130,13 @@ def align(
     how = (temperature, steps, batch, lr, patience, every, rng, progress)
     return _train(Alignment(table, maps, []), pairs, taught, held, *how)
 
-# %% ../nbs/28_alignment.ipynb #c019
+# %% ../nbs/28_alignment.ipynb #c017
 def _shared(table, names, a, b):
     "Names that both of two sources know."
     both = table.sources[a].index.intersection(table.sources[b].index)
     return np.array([n for n in dict.fromkeys(names) if n in both])
 
-# %% ../nbs/28_alignment.ipynb #c020
+# %% ../nbs/28_alignment.ipynb #c019
 def _train(
     new, pairs, taught, held, temperature, steps, batch, lr, patience, every, rng, progress
 ):
@@ -180,5 +177,5 @@ def _train(
     new.maps.load_state_dict(kept)
     return new
 
-# %% ../nbs/28_alignment.ipynb #c027
+# %% ../nbs/28_alignment.ipynb #c026
 document(globals())

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .patching import document
 
 # %% ../nbs/30_attention.ipynb #c012
+#| code-fold: true
 def softmax_attention(q: Tensor,                 # queries [B, H, N, d]
                       k: Tensor,                 # keys [B, H, M, d]
                       v: Tensor,                 # values [B, H, M, d]
-                      # which keys may be heard, bool [B, M]; a row without any hears 0
+                      # which keys are allowed, bool [B, M]; a row without any returns 0
                       mask: Tensor | None = None
                      ) -> Tensor:                # [B, H, N, d]
     "Scaled dot-product attention (Vaswani et al. 2017, equation 1)."
@@ -26,10 +27,11 @@ def softmax_attention(q: Tensor,                 # queries [B, H, N, d]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~any_key) * any_key
 
 # %% ../nbs/30_attention.ipynb #c023
+#| code-fold: true
 def linear_attention(q: Tensor,                  # queries [B, H, N, d]
                      k: Tensor,                  # keys [B, H, M, d]
                      v: Tensor,                  # values [B, H, M, e]
-                     # which keys may be heard, bool [B, M]; a row without any hears 0
+                     # which keys are allowed, bool [B, M]; a row without any returns 0
                      mask: Tensor | None = None,
                      eps: float = 1e-6           # smallest sum of scores that is divided by
                     ) -> Tensor:                 # [B, H, N, e]
@@ -64,7 +66,7 @@ class _Attention(nn.Module):
     def forward(self,
                 x: Tensor,                     # who asks [B, N, D]
                 context: Tensor | None = None, # who answers [B, M, D]; None: x itself
-                mask: Tensor | None = None     # which of the answers may be heard, bool [B, M]
+                mask: Tensor | None = None     # which of the tokens are allowed, bool [B, M]
                ) -> Tensor:                    # [B, N, D]
         context = x if context is None else context
         heard = self.attend(
@@ -74,6 +76,7 @@ class _Attention(nn.Module):
         return self.out(heard.transpose(1, 2).flatten(2))
 
 # %% ../nbs/30_attention.ipynb #c045
+#| code-fold: true
 class LinearAttention(_Attention):
     "Linear attention, for many keys such as genes; [B, N, D] in, [B, N, D] out."
     attend = staticmethod(linear_attention)
@@ -90,8 +93,9 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 # %% ../nbs/30_attention.ipynb #c064
+#| code-fold: true
 class Block(nn.Module):
-    """Tokens listen to each other, then each thinks for itself; both pre-normed and added (Xiong
+    """Attention among tokens, then a step of each token by itself; both pre-normed and added (Xiong
     et al. 2020)."""
     def __init__(self,
                  width: int,  # D
@@ -104,7 +108,7 @@ class Block(nn.Module):
 
     def forward(self,
         x: Tensor, # tokens [B, N, D]
-        mask: Tensor | None = None, # which of them may be heard, bool [B, N]
+        mask: Tensor | None = None, # which of them are allowed, bool [B, N]
     ) -> Tensor: # [B, N, D]
         "Attention among genes, then a step of each gene alone."
         x = x + self.attention(self.norm1(x), mask=mask)

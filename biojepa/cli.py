@@ -50,12 +50,13 @@ def demo(
     Example: biojepa demo --data screen.h5ad --perturbation gene --control NT --features go.npz
     """
     start = time.time()
-    from biojepa.demo import RESULTS, budget, run_demo, write_results
+    from biojepa.demo import RESULTS, budget, perfect_scores, run_demo, write_results
     check_folder(out, [data, *(features or ())], RESULTS)
     cells, table, splits = _screen(data, how, features, quick, seed)
     settings = budget(len(splits), quick)
     result = run_demo(cells, table, splits, out, settings, seed, progress, typer.echo)
     source = Path(data).name if data else "simulated"
+    if data is None: result[2]["perfect"] = perfect_scores(cells, splits)
     facts = write_results(result, out, start=start, seed=seed, data=source)
     typer.echo(result[0].wide().to_string())
     typer.echo(f"{facts['answers']}.")
@@ -66,13 +67,15 @@ def _screen(data, how, features, quick, seed):
     "Cells, features and splits: of a file, or simulated."
     from biojepa.demo import real_splits, simulated_screen
     if data is None: return simulated_screen(quick, seed)
+    cells = read_screen(data, how)
+    table = read_features(features)
+    splits = real_splits(cells, seed)
     if not features:
         typer.echo(
             "no --features: of an unseen gene only its own expression is known; "
             "give features of genes to do better"
         )
-    cells = read_screen(data, how)
-    return cells, read_features(features), real_splits(cells, seed)
+    return cells, table, splits
 
 # %% ../nbs/84_cli.ipynb #c016
 data_app = typer.Typer(

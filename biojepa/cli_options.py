@@ -119,6 +119,10 @@ SCREEN |= dict(
             "mean", help="Which genes: mean (highest in controls) or hvg (most variable)."
         ),
     ),
+    parse_labels=(
+        bool,
+        typer.Option(False, help="Take doses, times and guide numbers out of the labels."),
+    ),
     drop=(
         Optional[List[str]],
         typer.Option(None, help="Leave out this perturbation value; may be repeated."),
@@ -160,7 +164,7 @@ def as_arguments(
     how["sep"] = how["sep"] or None
     how["drop"] = how["drop"] or ()
     if len(how["control"]) == 1: how["control"], = how["control"]
-    return how
+    return {k: v for k, v in how.items() if v is not False}
 
 # %% ../nbs/82_cli_options.ipynb #c020
 @contextmanager
@@ -169,10 +173,10 @@ def naming(
 ):
     "Whatever goes wrong inside is an error that names these files."
     try: yield
-    except OSError: raise                     # names its file
     except (Exception, MemoryError) as e:
+        if isinstance(e, OSError) and e.filename: raise
         named = ", ".join(map(str, paths))
-        if from_here(e):
+        if from_here(e) and not isinstance(e, OSError):
             text = e.args[0] if named in str(e) else f"{named}: {e.args[0]}"
             raise type(e)(text) from e
         raise ValueError(
@@ -246,7 +250,7 @@ def read_prepared(
     from biojepa.files import read
     cells = read(path)
     if "biojepa" in cells.uns: return cells
-    raise ValueError(f"{path} was not prepared; run biojepa prepare {path} OUT.h5ad first")
+    raise ValueError(f"{path} was not prepared; run biojepa prepare first")
 
 def read_features(
     paths, # of --features, or None

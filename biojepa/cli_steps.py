@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES', 'SEED', 'PROGRESS', 'DEVICE', 'GO', 'PROTEINS', 'SMILES', 'SEQUENCES', 'ESM2', 'ALIASES', 'FITTED', 'KIND',
            'CONTEXT', 'STEPS', 'PRETRAINING', 'size_of', 'prepare', 'sources_of', 'targets_of', 'write_source',
-           'make_features', 'fit', 'predict', 'largest_changes', 'model_names', 'score']
+           'make_features', 'fit', 'load_model', 'predict', 'largest_changes', 'model_names', 'score']
 
 # %% ../nbs/83_cli_steps.ipynb #c003
 import json, warnings
@@ -178,7 +178,10 @@ PROTEINS = typer.Option(
 )
 SMILES = typer.Option(
     None,
-    help="Structures of drugs: csv or tsv with a column smiles; names in a column name, or in the first.",
+    help=(
+        "Structures of drugs: csv or tsv with a column smiles; names in a column "
+        "name, or in the first."
+    ),
 )
 SEQUENCES = typer.Option(
     None,
@@ -257,7 +260,8 @@ def fit(
     from biojepa.demo import who_answers
     from biojepa.estimator import BioJEPA
     from biojepa.splits import split
-    data, table = read_prepared(cells), read_features(features)
+    data = read_prepared(cells)
+    table = read_features(features)
     held_out = split(data, kind, seed, context=_one_or_list(context))
     how = dict(preset=preset, features=table, seed=seed, out=out, device=device, progress=progress)
     stages = dict(pretraining=_steps(pretraining_steps), training=_steps(steps))
@@ -266,6 +270,14 @@ def fit(
     if hasattr(model, "gate"): typer.echo(who_answers([model.gate], preset))
 
 # %% ../nbs/83_cli_steps.ipynb #c027
+def load_model(
+    folder: Path, # that `fit` wrote
+): # BioJEPA, or a model of signatures
+    "A saved model; an error names the folder."
+    from biojepa.estimator import BioJEPA
+    with naming(folder): return BioJEPA.load(folder)
+
+# %% ../nbs/83_cli_steps.ipynb #c029
 @app.command()
 def predict(
     model: Path = typer.Argument(..., help="Folder that `fit` wrote."),
@@ -290,17 +302,22 @@ def predict(
     Example: biojepa predict runs/base cells.h5ad KLF1 KLF1+MAPK1 --out predictions.h5ad
     """
     check_outputs([out], [model, cells, symbols, *(features or ())])
-    from biojepa.estimator import BioJEPA
     more = dict(cell_type=cell_type, mode=mode, dose=dose, time=hours)
     if features: more["features"] = list(features)
     more["symbols"] = _symbols(symbols)
     given = {k: v for k, v in more.items() if v is not None}
-    answer = BioJEPA.load(model).predict(read_prepared(cells), names, **given)
+    fitted = load_model(model)
+    answer = fitted.predict(read_prepared(cells), names, **given)
     save(out, answer.write_h5ad)
     for line in largest_changes(answer): typer.echo(line)
-    typer.echo(f"{out}: layers {', '.join(answer.layers)}")
+    typer.echo(f"{out}: layers {', '.join(answer.layers)}{_who(fitted)}")
 
-# %% ../nbs/83_cli_steps.ipynb #c028
+# %% ../nbs/83_cli_steps.ipynb #c030
+def _who(model):
+    "Which part of a model of cells answered, as the end of a line."
+    from biojepa.demo import who_answers
+    return f". {who_answers([model.gate], 'this model')}" if hasattr(model, "gate") else ""
+
 def largest_changes(
     answer, # predictions: AnnData
     n: int = 8, # genes of each
@@ -308,9 +325,12 @@ def largest_changes(
     "The genes that move most, one line per prediction."
     size = answer.to_df().T.abs()
     for name in answer.obs_names:
-        yield f"{name} (support {answer.obs.support[name]:.2f}): {', '.join(size[name].nlargest(n).index)}"
+        yield (
+            f"{name} (support {answer.obs.support[name]:.2f}): "
+            f"{', '.join(size[name].nlargest(n).index)}"
+        )
 
-# %% ../nbs/83_cli_steps.ipynb #c031
+# %% ../nbs/83_cli_steps.ipynb #c033
 def model_names(
     folders: list, # of models
     taken=(), # names that are not free: the baselines
@@ -330,7 +350,7 @@ def model_names(
         ))
     return out
 
-# %% ../nbs/83_cli_steps.ipynb #c033
+# %% ../nbs/83_cli_steps.ipynb #c035
 @app.command()
 def score(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad."),
@@ -346,20 +366,20 @@ def score(
     Example: biojepa score cells.h5ad runs/base runs/v0_3 --features go.npz --out scores.csv --page card.html
     """
     check_outputs([out, page], [cells, *models, *(features or ())])
-    from biojepa.estimator import BioJEPA
     from biojepa.learned_baselines import BASELINES
     from biojepa.scorecard import scorecard
     if baselines not in ("simple", "all", "none"):
         raise ValueError(f"--baselines {baselines}: choose simple, all or none")
     names = model_names(models, BASELINES)
-    loaded = {n: BioJEPA.load(m) for n, m in zip(names, models)}
+    loaded = {n: load_model(m) for n, m in zip(names, models)}
     first = loaded[names[0]]
     for n, m in loaded.items():
         if m.split.to_dict() != first.split.to_dict():
             raise ValueError(
                 f"{names[0]} and {n} were fitted on different splits; a fair table needs one split"
             )
-    data, table = read_prepared(cells), read_features(features)
+    data = read_prepared(cells)
+    table = read_features(features)
     beside = () if baselines == "none" else baselines
     card = scorecard(data, first.split, loaded, beside, table, seed=seed)
     save(out, card.to_csv)
@@ -367,5 +387,5 @@ def score(
     if page: save(page, card.to_html)
     typer.echo(f"{out}; open {page}" if page else str(out))
 
-# %% ../nbs/83_cli_steps.ipynb #c036
+# %% ../nbs/83_cli_steps.ipynb #c038
 document(globals())

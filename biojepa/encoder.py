@@ -14,6 +14,7 @@ from .patching import document, patch
 from .attention import Block
 
 # %% ../nbs/31_encoder.ipynb #c011
+#| code-fold: true
 class EncoderV03(nn.Module):
     """The v0.3 encoder: token = value x identity; a mask token takes the place of a hidden gene's
     token."""
@@ -50,6 +51,7 @@ def value_features(x: Tensor,     # log1p expression [B, K]
     return torch.stack([x, ((x - mean) / sd).clamp(-8, 8), (x > 0).to(x.dtype)], -1)
 
 # %% ../nbs/31_encoder.ipynb #c037
+#| code-fold: true
 class GeneTokens(nn.Module):
     """One token per gene: identity + what its value is + turned identity times z-score + library
     size."""
@@ -106,6 +108,7 @@ def set_reference(self: GeneTokens,
     return self
 
 # %% ../nbs/31_encoder.ipynb #c045
+#| code-fold: true
 class Encoder(nn.Module):
     "The base encoder: only visible genes are encoded, and summary tokens carry the cell."
     def __init__(self,

@@ -24,9 +24,7 @@ from .perturbations import Action
 
 # %% ../nbs/21_featurizers.ipynb #c017
 class BadFeatures(ValueError):
-    """A feature table that cannot be used; the message names the source, symbol and column.
-
-    """
+    "A feature table that cannot be used; the message names the source, symbol and column."
 
 def whitening(
         x: np.ndarray,            # features of the training targets [n, d]

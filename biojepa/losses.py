@@ -34,6 +34,7 @@ def gaussian_nll(mean: Tensor,               # predicted mean, any shape
     return (s + (target - mean).square() * (-s).exp() + math.log(2 * math.pi)).mean() / 2
 
 # %% ../nbs/33_losses.ipynb #c023
+#| code-fold: true
 def vicreg(z: Tensor,                        # one embedding per cell [B, D]
            other: Tensor | None = None,      # the same cells seen differently [B, D]
            covariance_weight: float = 1/25,  # as in the paper: 25 to 1
@@ -71,6 +72,7 @@ def effective_rank(z: Tensor,           # embeddings, one row per cell [B, D]
     return torch.special.entr(s / s.sum()).sum().exp().item() if len(s) else 0.
 
 # %% ../nbs/33_losses.ipynb #c046
+#| code-fold: true
 def effect_loss(delta_hat: Tensor,  # predicted effects [B, G], log1p units
                 # observed effects: mean of treated minus mean of control cells [B, G]
                 delta: Tensor,

@@ -30,9 +30,7 @@ except ImportError as e: raise ImportError("molecules need RDKit: pip install 'b
 
 # %% ../nbs/23_molecules.ipynb #c011
 class BadMolecule(ValueError):
-    """A structure that cannot be read; the message names the drug and says why.
-
-    """
+    "A structure that cannot be read; the message names the drug and the reason."
 
 def _why(text):
     "What is wrong with a structure that RDKit refuses."

@@ -21,9 +21,7 @@ from .proteins import cache_folder, cached, torch_threads
 
 # %% ../nbs/24_nucleotides.ipynb #c010
 class BadNucleotides(ValueError):
-    """A sequence that cannot be read; the message names it, the letter and its place.
-
-    """
+    "A sequence that cannot be read; the message names it, the letter and its place."
 
 UNSURE = frozenset("NRYSWKMBDHV") # one of several letters
 

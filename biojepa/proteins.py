@@ -106,9 +106,7 @@ PROTEIN_MODELS = (
 ADDRESS = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
 class BadCheckpoint(ValueError):
-    """A file that is no ESM-2 checkpoint; the message says what is missing.
-
-    """
+    "A file that is no ESM-2 checkpoint; the message names what is missing."
 
 def _read_checkpoint(model):
     "What a file or a name holds, and the name."

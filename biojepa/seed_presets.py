@@ -32,6 +32,7 @@ def rotate(x: Tensor,              # queries or keys [..., N, d], d even
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 # %% ../nbs/35_seed_presets.ipynb #c016
+#| code-fold: true
 class RotaryAttention(CrossAttention):
     """Softmax attention with rotary positions; token i stands at place i mod n, so that a query
     can stand where its context token does."""
@@ -64,6 +65,7 @@ class RotaryBlock(Block):
         self.attention = RotaryAttention(width, heads, n)
 
 # %% ../nbs/35_seed_presets.ipynb #c020
+#| code-fold: true
 class EncoderV02(nn.Module):
     """The v0.2 encoder: value x identity, pooled into pathway tokens by a learned weight; rotary
     softmax blocks."""
@@ -117,6 +119,7 @@ def modulate(x: Tensor,      # tokens [B, N, D]
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
 
 # %% ../nbs/35_seed_presets.ipynb #c042
+#| code-fold: true
 class AdaBlock(nn.Module):
     """Rotary softmax attention and MLP; the action's scale and shift after each norm.
 
@@ -140,6 +143,7 @@ class AdaBlock(nn.Module):
         return x + self.mlp(modulate(x, shift2, scale2))
 
 # %% ../nbs/35_seed_presets.ipynb #c044
+#| code-fold: true
 class PredictorV02(nn.Module):
     """Latent of the treated cell from the control cell's pathway tokens and one 320-d action
     vector, as in v0.2."""

@@ -16,9 +16,7 @@ from .patching import document
 
 # %% ../nbs/21_sequences.ipynb #c006
 class BadSequence(ValueError):
-    """A sequence that cannot be read; the message names the protein, the letter and its place.
-
-    """
+    "A sequence that cannot be read; the message names the protein, the letter and its place."
 class UnknownGene(KeyError):
     "A gene of which no sequence is known; the message has the nearest names."
     def __str__(self): return self.args[0]
@@ -83,10 +81,8 @@ def read_fasta(
 
 # %% ../nbs/21_sequences.ipynb #c010
 def _gene_names(path):
-    """Identifier -> gene symbol, where headers hold one:
-
-    `GN=TP53` (UniProt), `gene_symbol:TP53` (Ensembl).
-    """
+    """Identifier -> gene symbol, where headers hold one: `GN=TP53` (UniProt), `gene_symbol:TP53`
+    (Ensembl)."""
     with (gzip.open if path.suffix == ".gz" else open)(
         path, "rt", encoding="utf-8", errors="replace"
     ) as lines:
@@ -102,11 +98,8 @@ def read_proteins(
     # protein_id)
     folder,
 ) -> dict: # gene symbol -> sequence
-    """The protein of each gene symbol:
-
-    by the table, else by gene names in the headers (the longest chain of each gene), else
-    identifiers are taken for symbols.
-    """
+    """The protein of each gene symbol: by the table, else by gene names in the headers (the longest
+    chain of each gene), else identifiers are taken for symbols."""
     folder = Path(folder)
     fasta = (
         [folder]

@@ -1,5 +1,6 @@
 "Training, floor and estimator: laws of the exported modules on small simulated screens."
 import copy
+import json
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from biojepa.cells import MODES, BadCells, add_mode
 from biojepa.prepare import prepare
-from biojepa.effects import effects
+from biojepa.effects import control_means, effects
 from biojepa.demo import budget, real_splits
 from biojepa.effects import centred_correlation
 from biojepa.run import network_share
@@ -23,10 +24,11 @@ from biojepa.featurizers import BadFeatures, MissingFeatures, as_table, encode_a
 from biojepa.model import among, build, configure
 from biojepa.perturbations import Action, BadAction, actions_of
 from biojepa.predictor import ActionTokens
-from biojepa.loop import LoopConfig, learning_rate, pick_precision
+from biojepa.loop import BadModel, LoopConfig, learning_rate, pick_precision
 from biojepa.pretraining import Collapse, draw_genes
 from biojepa.linear_response import LinearResponse
 from biojepa.closed_form import ClosedForm, hold_out_blocks
+from biojepa.saved import read_model, write_model
 from biojepa.sets import SetSampler
 from biojepa.simulator import simulate, simulated_features, true_effects
 from biojepa.splits import Leak, Split, split
@@ -141,17 +143,7 @@ def test_the_held_out_floor_is_a_refit_without_those_rows(screen):
     for i in (0, len(blocks) // 2, len(blocks) - 1):
         keep = np.setdiff1d(np.arange(len(blocks)), blocks[i])
         less = copy.copy(floor)
-        rows = floor._kernels([floor.actions[j] for j in keep], [floor.contexts[j] for j in keep])
-        less.blocks = rows
-        less.noise = floor.noise[keep]
-        less.scores = floor.scores[keep]
-        grams = [x @ x.T / floor.scale[n] for n, x in rows.items()]
-        K = sum(w * g for w, g in zip(floor.weights, grams)) / np.sqrt(
-            np.outer(less.noise, less.noise)
-        )
-        values, less.vectors = np.linalg.eigh(K)
-        less.values = np.maximum(values, 0)
-        less._dual()
+        less.mixed = floor.mixed.on_rows(keep)
         again = less.predict([floor.actions[i]], [floor.contexts[i]])[0][0]
         assert np.allclose(again, floor.held_out[i], atol=1e-6 + 1e-4 * np.abs(again).max())
         assert all(
@@ -714,7 +706,7 @@ def test_a_prediction_is_the_floor_plus_the_gated_network_with_a_stretched_doubt
     out = other.predict(cells, [name], cell_type="LINE0")
     action = model._action(name, None, None)
     mean, std = model.closed_form.predict(
-        [action], ["LINE0"], model._control_means(cells, ["LINE0"])
+        [action], ["LINE0"], control_means(cells, ["LINE0"])
     )
     change = model.change(cells, encode_actions([action], model.genes, model.table), ["LINE0"])
     assert np.abs(change).max() > 1e-4
@@ -742,7 +734,7 @@ def test_a_new_line_is_answered_by_what_carries_over(three_lines, tmp_path):
         and "LINE2" not in model.closed_form.contexts
     )
     # learned on the validation line
-    assert model.closed_form.new_lines.far > 0 and model.closed_form.new_lines.share != .5
+    assert model.closed_form.new_lines.typical_distance > 0 and model.closed_form.new_lines.share != .5
     there, home = (
         model.predict(cells, fold.test, c) for c in ("LINE2", model.closed_form.contexts[0])
     )
@@ -793,7 +785,7 @@ def test_without_a_line_to_learn_from_half_carries_over():
     )
     fold = split(cells, "unseen_context", context="LINE1", seed=0)
     new_lines = BioJEPA.fit(cells, fold, network=False, progress=False).closed_form.new_lines
-    assert new_lines.share == .5 and not new_lines.far
+    assert new_lines.share == .5 and not new_lines.typical_distance
 
 
 def test_nine_of_ten_held_out_effects_lie_in_the_interval(model, screen):
@@ -804,3 +796,186 @@ def test_nine_of_ten_held_out_effects_lie_in_the_interval(model, screen):
         floor.held_out_std**2 + noise**2
     )
     assert inside.mean() >= 0.9 - 1e-3
+
+
+CLOSED = TINY | dict(network=False)
+
+
+def test_a_run_folder_knows_its_data(screen, tmp_path):
+    cells, features, fold = screen
+    how = dict(features=features, seed=0, out=tmp_path / "m") | TINY
+    first = BioJEPA.fit(cells, fold, **how)
+    again = BioJEPA.fit(cells, fold, **how)
+    for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values()):
+        assert torch.equal(a, b)
+    other = cells.copy()
+    other.X = other.X.copy() * 0.5
+    timed = cells.copy()
+    timed.obs["time"] = 24.0
+    longer = TINY["training"] | dict(steps=9)
+    for says, c, s, change in (
+        ("other cells", other, fold, {}),
+        ("other cells", timed, fold, {}),
+        ("other split: simulation, seed 1", cells, split(cells, "simulation", seed=1), {}),
+        ("other features", cells, fold, dict(features=features.iloc[::-1].set_axis(features.index))),
+        ("option training.steps: 9, was 8", cells, fold, dict(training=longer)),
+        ("option seed: 5, was 0", cells, fold, dict(seed=5)),
+        ("option closed_form_options", cells, fold, dict(closed_form_options=dict(rank=3))),
+    ):
+        with pytest.raises(ValueError, match=says): BioJEPA.fit(c, s, **how | change)
+    (tmp_path / "m" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="no settings.json"): BioJEPA.fit(cells, fold, **how)
+
+
+def test_the_former_name_of_the_closed_form_is_understood(screen):
+    cells, features, fold = screen
+    with pytest.warns(FutureWarning, match="closed_form="):
+        assert BioJEPA.fit(cells, fold, floor=False, **TINY).closed_form is None
+    with pytest.raises(TypeError, match="ceiling"): BioJEPA.fit(cells, fold, ceiling=1, **TINY)
+
+
+def test_fit_checks_the_split(screen):
+    cells, features, fold = screen
+    leaky = replace(fold, train=(*fold.train, fold.test[0]))
+    with pytest.raises(Leak): BioJEPA.fit(cells, leaky, **CLOSED)
+
+
+@pytest.fixture(scope="module")
+def dosed():
+    raw = simulate(
+        n_genes=40, n_perturbations=16, n_drugs=6, doses=(0.1, 1.0, 10.0), cells_per_perturbation=12, seed=0
+    )
+    cells = prepare(raw, n_genes=40)
+    cells.obs.loc[cells.obs.perturbation != "control", "time"] = 24.0
+    fold = split(cells, seed=0)
+    return cells, fold, BioJEPA.fit(cells, fold, features=simulated_features(raw), **CLOSED)
+
+
+def test_support_falls_outside_of_what_was_trained(dosed):
+    cells, fold, model = dosed
+    drug = next(n for n in fold.train if n.startswith("DRUG"))
+    def support(**how):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return model.predict(cells, drug, **how).obs.support.iloc[0]
+    assert support() == support(dose=3) == support(dose=10) == support(time=24) == 1
+    assert 1 > support(dose=30) > support(dose=100) > support(dose=1000) and support(dose=1000) < 0.2
+    assert 1 > support(time=48) > support(time=720) and support(dose=1e-3) < 0.5
+    with pytest.warns(UserWarning, match="dose 1000 of .* outside .*0.1 to 10"):
+        model.predict(cells, drug, dose=1000)
+    with pytest.warns(UserWarning, match="time 720"): model.predict(cells, drug, time=720)
+    for odd in (np.nan, np.inf, -1, 1e7):
+        with pytest.raises(ValueError, match="dose"): model.predict(cells, drug, dose=odd)
+    for odd in (np.inf, -1, 1e7):
+        with pytest.raises(ValueError, match="time"): model.predict(cells, drug, time=odd)
+
+
+def test_expression_stays_within_what_it_can_be(dosed):
+    cells, fold, model = dosed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for out in (
+            model.predict(cells, [*fold.train, *fold.test]),
+            model.predict(cells, [n for n in fold.train if n.startswith("DRUG")], dose=1000),
+        ):
+            assert out.layers["mean"].min() >= 0 and out.layers["mean"].max() <= np.log1p(1e4) + 1e-5
+
+
+def test_support_falls_with_the_distance_of_the_context(dosed):
+    cells, fold, model = dosed
+    other = cells.copy()
+    other.X = other.X[:, ::-1].copy()
+    with pytest.warns(UserWarning, match="far from those of training"):
+        assert model.predict(other, fold.train[0]).obs.support.iloc[0] < 0.5
+    part = cells[np.arange(cells.n_obs) % 2 == 0].copy()
+    assert model.predict(part, fold.train[0]).obs.support.iloc[0] > 0.9
+    again = BioJEPA.__new__(BioJEPA)
+    again.__dict__.update(model.__dict__)
+    assert again.context_support(cells, ["LINE0"]) == {"LINE0": 1.0}
+
+
+def test_names_that_cannot_be_meant_are_one_sentence(model, screen):
+    cells = screen[0]
+    for names in ([], None, [float("nan")], [7], [""], 3):
+        with pytest.raises(ValueError, match="perturbation|label"): model.predict(cells, names)
+
+
+def test_a_stranger_after_one_perturbation_has_a_spread(screen):
+    cells, _, fold = screen
+    one = fold.train[0].split("+")[0]
+    few = cells[cells.obs.perturbation.isin(["control", one]).values].copy()
+    alone = BioJEPA.fit(few, Split("unseen_gene", 0, (one,), (), ()), **CLOSED)
+    with pytest.warns(MissingFeatures):
+        out = alone.predict(few, ["anything"], cell_type="LINE0")
+    seen = alone.predict(few, [one], cell_type="LINE0")
+    assert out.obs.support.iloc[0] == 0
+    assert (out.layers["std"] > 0.5 * np.sqrt(np.mean(seen.X**2))).all()
+
+
+def test_a_model_says_what_it_is(model, screen, tmp_path):
+    cells, _, fold = screen
+    text = repr(model)
+    for word in ("base", "fitted", "48 genes", f"{len(fold.train)} perturbations seen", "share"):
+        assert word in text
+    facts = model.predict(cells, fold.train[:1]).uns["biojepa"]
+    assert facts["answers"] == model.what_answers() and facts["network_share"] == model.gate
+    assert "loaded" in repr(BioJEPA.load(model.save(tmp_path)))
+
+
+def rewritten(folder, **change):
+    "The same model with other facts, as if it had been saved so."
+    arrays, facts = read_model(folder)
+    write_model(folder, arrays, facts | change)
+
+
+def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):
+    whole = model.save(tmp_path / "m")
+    weights, text = ((whole / n).read_bytes() for n in ("model.safetensors", "model.json"))
+    rng = np.random.default_rng(0)
+    def refused(says="model"):
+        with pytest.raises(BadModel, match=says) as e: BioJEPA.load(whole)
+        assert str(whole) in str(e.value) and "\n" not in str(e.value) and "again" in str(e.value)
+    for _ in range(20):
+        flipped = bytearray(weights)
+        flipped[rng.integers(len(weights))] ^= 1 << rng.integers(8)
+        (whole / "model.safetensors").write_bytes(flipped)
+        refused("sha256")
+    for data in (b"", weights[:1000], b"PK\x03\x04" * 9):
+        (whole / "model.safetensors").write_bytes(data)
+        refused("sha256")
+    (whole / "model.safetensors").unlink()
+    refused("missing")
+    (whole / "model.safetensors").write_bytes(weights)
+    for data in (b"", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", text[:-20], text.replace(b'"gate": ', b'"gate": 1')):
+        (whole / "model.json").write_bytes(data)
+        refused()
+    (whole / "model.json").write_bytes(text)
+    for change in (
+        dict(gate=float("nan")), dict(gate=1.5), dict(stretch=float("inf")), dict(stretch=1e308),
+        dict(config={}), dict(genes=None), dict(mode_names=None), dict(trained=3), dict(split=[1]),
+        dict(config=json.loads(text)["config"] | dict(n_genes=10**10)),
+        dict(config=json.loads(text)["config"] | dict(layers=10**9)),
+        dict(config=json.loads(text)["config"] | dict(width=32)),
+    ):
+        rewritten(whole, **change)
+        refused()
+        model.save(whole)
+    arrays, facts = read_model(whole)
+    name = next(k for k in arrays if k.startswith("weights.") and arrays[k].dtype.kind == "f")
+    for odd in (
+        {k: v for k, v in arrays.items() if k != name},
+        arrays | {name: arrays[name] * np.nan},
+        {k: v for k, v in arrays.items() if k != "closed_form.alpha"},
+    ):
+        write_model(whole, odd, facts)
+        refused()
+
+
+def test_a_failed_write_leaves_the_old_model_whole(model, tmp_path, monkeypatch):
+    whole = model.save(tmp_path / "m")
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    def full(*_): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr("os.replace", full)
+        with pytest.raises(OSError): model.save(whole)
+    assert before == {p.name: p.read_bytes() for p in whole.iterdir()}

@@ -7,7 +7,8 @@ from hypothesis import given, settings, strategies as st
 
 from biojepa.cells import MODES
 from biojepa.model import build, config_from_json, config_to_json, configure, count_parameters
-from biojepa.predictor import MaskedPredictor, Predictor, PredictorV03, action_vector, strength
+from biojepa.perturbations import strength
+from biojepa.predictor import MaskedPredictor, Predictor, PredictorV03, action_vector
 
 torch.set_num_threads(1)
 G = 12
@@ -262,7 +263,7 @@ def test_without_features_targets_still_tell_actions_apart():
 
 
 def test_strength_of_reference_dose_is_one():
-    assert strength(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([True, True, False])).tolist() == [
+    assert (strength(torch.tensor([0.0, 1.0, 1.0])) * torch.tensor([True, True, False])).tolist() == [
         0,
         1,
         0,

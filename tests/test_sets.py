@@ -8,7 +8,7 @@ from biojepa.cells import CONTROL, dense
 from biojepa.prepare import prepare
 from biojepa.sets import SetSampler, visit
 from biojepa.splits import split
-from screens import few, screen, screens, seeds
+from tests.screens import few, screen, screens, seeds
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*are not measured",
