@@ -965,7 +965,7 @@ def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):
     for odd in (
         {k: v for k, v in arrays.items() if k != name},
         arrays | {name: arrays[name] * np.nan},
-        {k: v for k, v in arrays.items() if k != "closed_form.alpha"},
+        {k: v for k, v in arrays.items() if k != "closed_form.mixed.alpha"},
     ):
         write_model(whole, odd, facts)
         refused()
