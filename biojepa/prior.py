@@ -23,7 +23,10 @@ CLEAR = 2 # standard errors by which features must be better than none
 ENOUGH = 8 # single targets below which no weight is fitted
 
 class Prior:
-    "Expected effect of an action: the mean of all, similar targets, linear response, the target itself."
+    """Expected effect of an action:
+
+    the mean of all, similar targets, linear response, the target itself.
+    """
     def __init__(self,
         use_response: bool = True, # the linear response
         use_features: bool = True, # the kernel ridge over features
@@ -103,7 +106,8 @@ def _choose(self: Prior, beyond, context, table):
             quality = agreements(guess + (share - 1) * self.centre, beyond, self.centre)
             tried.append((quality, smoother, weights, share))
     means = [quality.mean() for quality, *_ in tried]
-    best, plain = tried[np.argmax(means)], tried[np.argmax(means[:len(SHARES)])]
+    best = tried[np.argmax(means)]
+    plain = tried[np.argmax(means[:len(SHARES)])]
     gain = best[0] - plain[0]
     clear = gain.mean() > CLEAR * gain.std(ddof=1) / np.sqrt(len(gain))
     _, self.smoother, self.weights, self.share = best if clear else plain
@@ -127,7 +131,9 @@ def terms(self: Prior,
         for p in action.parts:
             key = (p.target, p.mode)
             response = self.weights[1] * self.centred_response(key, context, control)
-            one = np.stack([self.share * self.centre, similar.get(key, 0 * response), response, 0 * response])
+            one = np.stack(
+                [self.share * self.centre, similar.get(key, 0 * response), response, 0 * response]
+            )
             move = self.response.shift(p, context, control) if self.response else None
             if move is not None: one[:, move[0]] = 0, 0, 0, move[1]
             for name, x in zip(names, one): out[name][i] += x * strength(p.dose)

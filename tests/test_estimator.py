@@ -143,17 +143,7 @@ def test_the_held_out_floor_is_a_refit_without_those_rows(screen):
     for i in (0, len(blocks) // 2, len(blocks) - 1):
         keep = np.setdiff1d(np.arange(len(blocks)), blocks[i])
         less = copy.copy(floor)
-        rows = floor._kernels([floor.actions[j] for j in keep], [floor.contexts[j] for j in keep])
-        less.blocks = rows
-        less.noise = floor.noise[keep]
-        less.scores = floor.scores[keep]
-        grams = [x @ x.T / floor.scale[n] for n, x in rows.items()]
-        K = sum(w * g for w, g in zip(floor.weights, grams)) / np.sqrt(
-            np.outer(less.noise, less.noise)
-        )
-        values, less.vectors = np.linalg.eigh(K)
-        less.values = np.maximum(values, 0)
-        less._dual()
+        less.mixed = floor.mixed.on_rows(keep)
         again = less.predict([floor.actions[i]], [floor.contexts[i]])[0][0]
         assert np.allclose(again, floor.held_out[i], atol=1e-6 + 1e-4 * np.abs(again).max())
         assert all(
@@ -744,7 +734,7 @@ def test_a_new_line_is_answered_by_what_carries_over(three_lines, tmp_path):
         and "LINE2" not in model.closed_form.contexts
     )
     # learned on the validation line
-    assert model.closed_form.new_lines.far > 0 and model.closed_form.new_lines.share != .5
+    assert model.closed_form.new_lines.typical_distance > 0 and model.closed_form.new_lines.share != .5
     there, home = (
         model.predict(cells, fold.test, c) for c in ("LINE2", model.closed_form.contexts[0])
     )
@@ -795,7 +785,7 @@ def test_without_a_line_to_learn_from_half_carries_over():
     )
     fold = split(cells, "unseen_context", context="LINE1", seed=0)
     new_lines = BioJEPA.fit(cells, fold, network=False, progress=False).closed_form.new_lines
-    assert new_lines.share == .5 and not new_lines.far
+    assert new_lines.share == .5 and not new_lines.typical_distance
 
 
 def test_nine_of_ten_held_out_effects_lie_in_the_interval(model, screen):
