@@ -96,20 +96,20 @@ def _group(name, seen):
 # %% ../nbs/14_splits.ipynb #c021
 def _check_names(split):
     """Raise Leak when a name is in two parts, or when training has seen more of a held-out name
-    than its group says."""
+    than its group allows."""
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted(set(getattr(split, a)) & set(getattr(split, b)))
         if both and not (split.test_contexts if b == "test" else split.val_contexts):
             raise Leak(f"{both[0]!r} is in {a} and in {b}")
     twice = sorted(set(split.val_contexts) & set(split.test_contexts))
     if twice: raise Leak(f"cell type {twice[0]!r} is held out for val and for test")
-    taught = {g: n for n in split.train for g in parts(n)}
+    trained = {g: n for n in split.train for g in parts(n)}
     for name, group in split.groups.items():
         if group == "unseen_context": continue
-        hidden = {g: taught[g] for g in parts(name) if g in taught}
+        hidden = {g: trained[g] for g in parts(name) if g in trained}
         if len(parts(name)) == 1 and hidden:
             raise Leak(f"{name!r} is held out as {group}, but training holds {hidden[name]!r}")
-        if _group(name, taught) != group:
+        if _group(name, trained) != group:
             raise Leak(
                 f"{name!r} is held out as {group}, but of its parts training has "
                 f"seen {hidden or 'none'}"

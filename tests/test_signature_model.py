@@ -394,7 +394,7 @@ def test_a_probability_of_change_beats_the_base_rate():
     few = few[np.isfinite(sig[list(few.obs.perturbation), few.var_names].X).any(1)].copy()
     truth = sig[list(few.obs.perturbation), few.var_names].X
     here = np.isfinite(truth)
-    assert abs(few.layers["change"][here].mean() - (truth[here] != 0).mean()) < 0.01
+    assert abs(few.layers["change"][here].mean() - (truth[here] != 0).mean()) < 0.02
     table = score_changes(few, sig, n=50)
     assert table.value["brier"] < 1.05 * table.base_rate["brier"]
 
