@@ -306,12 +306,18 @@ def predict(
     if features: more["features"] = list(features)
     more["symbols"] = _symbols(symbols)
     given = {k: v for k, v in more.items() if v is not None}
-    answer = load_model(model).predict(read_prepared(cells), names, **given)
+    fitted = load_model(model)
+    answer = fitted.predict(read_prepared(cells), names, **given)
     save(out, answer.write_h5ad)
     for line in largest_changes(answer): typer.echo(line)
-    typer.echo(f"{out}: layers {', '.join(answer.layers)}")
+    typer.echo(f"{out}: layers {', '.join(answer.layers)}{_who(fitted)}")
 
 # %% ../nbs/83_cli_steps.ipynb #c030
+def _who(model):
+    "Which part of a model of cells answered, as the end of a line."
+    from biojepa.demo import who_answers
+    return f". {who_answers([model.gate], 'this model')}" if hasattr(model, "gate") else ""
+
 def largest_changes(
     answer, # predictions: AnnData
     n: int = 8, # genes of each

@@ -46,7 +46,7 @@ def conditions(
 _MATCHED = ("time", "dose", "batch")  # what controls are matched on within a cell type, first to last
 
 def _places(cells):
-    "The columns of cells that say where, when and in what a cell was, with comparable values."
+    "Where, when and in what each cell was: cell type, time, dose, batch, with comparable values."
     obs = cells.obs
     return pd.DataFrame(
         {

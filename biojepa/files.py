@@ -108,6 +108,8 @@ def _storable(column):
         return column.astype(
             bool if pd.api.types.is_bool_dtype(kind) else np.asarray(column.iloc[:1]).dtype
         )
+    if pd.api.types.infer_dtype(column) in ("floating", "integer", "mixed-integer-float"):
+        return column.astype(float)
     text = column.astype(object)
     return text.where(column.isna(), text.map(str)).where(column.notna(), np.nan)
 
@@ -301,6 +303,7 @@ def read(
         _check_parts(adata)
         adata.obs = storable(adata.obs)
         adata.var = storable(adata.var)
+        if not adata.obs.shape[1]: adata.uns["file"] = path.name  # for the question after labels
     except BadCells as e:
         raise BadCells(f"{path}: {e}") from None
     except (Exception, MemoryError, RecursionError, zlib.error) as e:

@@ -143,12 +143,13 @@ def cut(
     targets = [p for p in pieces if p != "\x00"]
     if not targets: return ()
     if all(targets) and not _joint(targets): return (whole_name(sep.join(targets)),)
-    if len(pieces) > 1: _check_pieces(label, pieces, targets, sep)
+    found = None if sep == "+" else _by_genes(targets, sep, genes)
+    if len(pieces) > 1 and not found: _check_pieces(label, pieces, targets, sep)
     if sep != "+":
         joined = sep.join(targets)
         if len(targets) > 1 and joined in genes and all(t in genes for t in targets):
             raise BadCells(f"perturbation {label!r} is one gene of this file or several; rename it")
-        targets = _by_genes(targets, sep, genes) or targets
+        targets = found or targets
         plus = next((t for t in targets if _joint(t.split("+")) and len(_split(t, "+")) > 1), None)
         if plus:
             raise BadCells(

@@ -182,14 +182,23 @@ SIGNATURE_SCORES = {
 }
 
 # %% ../nbs/46_signature_scores.ipynb #c025
+def _row_names(data):
+    "perturbation@line of each row; the names of rows where there are no lines."
+    if "cell_type" not in data.obs: return np.array(data.obs_names, object)
+    return (data.obs.perturbation.astype(str) + "@" + data.obs.cell_type.astype(str)).to_numpy(
+        object
+    )
+
 def _entries(predicted, truth):
     "Probability, base rate, label, row and perturbation of each measured entry."
-    lost = [n for n in predicted.obs_names if n not in truth.obs_names]
-    if lost: raise BadSignatures(f"the truth has no row {lost[0]!r}; rows are matched by name")
+    at = pd.Index(_row_names(truth)).get_indexer(_row_names(predicted))
+    if (at < 0).any():
+        lost = _row_names(predicted)[np.argmin(at)]
+        raise BadSignatures(f"the truth has no row {lost!r}; rows are matched by name")
     unlike = [g for g in predicted.var_names if g not in truth.var_names]
     if unlike:
         raise BadSignatures(f"the truth has no gene {unlike[0]!r}; genes are matched by name")
-    Y = truth[predicted.obs_names, predicted.var_names].X
+    Y = truth.X[at][:, truth.var_names.get_indexer(predicted.var_names)]
     row, gene = np.nonzero(np.isfinite(Y))
     if not len(row): raise BadSignatures("the truth has no measured entry for these rows")
     p, base = (np.asarray(predicted.layers[k], float)[row, gene] for k in ("change", "base_rate"))
@@ -197,6 +206,7 @@ def _entries(predicted, truth):
     name = pd.factorize(predicted.obs.perturbation)[0]
     return p, base, (Y[row, gene] != 0).astype(float), row, name[row]
 
+# %% ../nbs/46_signature_scores.ipynb #c026
 def score_changes(
     predicted: AnnData, # of `SignatureModel.predict`: layers change and base_rate
     truth: AnnData, # signatures with the same names of rows and genes
@@ -216,5 +226,5 @@ def score_changes(
     columns = ["value", "low", "high", "base_rate", "gain", "gain_low", "gain_high"]
     return pd.DataFrame(rows, index=columns).T
 
-# %% ../nbs/46_signature_scores.ipynb #c030
+# %% ../nbs/46_signature_scores.ipynb #c031
 document(globals())

@@ -33,8 +33,10 @@ def kernel(
 def leave_one_out(
     K: np.ndarray,  # [n, n] kernel
     y: np.ndarray,  # [n, G]
-    penalty: float, # of the ridge, over 0
-) -> tuple[np.ndarray, np.ndarray]: # prediction of each row from the others [n, G]; dual weights [n, G]
+    penalty: float,  # of the ridge, over 0
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # prediction of each row from the others [n, G]; dual weights [n, G]
     "Kernel ridge with each row left out in turn."
     inverse = np.linalg.inv(K + penalty * np.eye(len(K)))
     dual = inverse @ y
@@ -55,24 +57,29 @@ def _directions(y):
 def by_direction(
     K: np.ndarray,  # [n, n] kernel
     y: np.ndarray,  # [n, G]
-    penalty: float, # of the ridge, times one of FACTORS for each direction
-) -> tuple[np.ndarray, np.ndarray]: # prediction of each row from the others [n, G]; dual weights [n, G]
+    penalty: float,  # of the ridge, times one of FACTORS for each direction
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # prediction of each row from the others [n, G]; dual weights [n, G]
     "`leave_one_out`, with a factor on the penalty for each principal direction of y."
     size, scores = _directions(y)
     if not len(size): return 0 * y, 0 * y
     values, vectors = np.linalg.eigh(K)
     inside = vectors.T @ scores
-    residuals, duals = [], []
+    residuals = []
+    duals = []
     for factor in FACTORS:
         shrink = 1 / (np.maximum(values, 0) + penalty * factor)
         duals.append(vectors @ (shrink[:, None] * inside))
         residuals.append(duals[-1] / ((vectors**2) @ shrink)[:, None])
-    residuals, duals = np.stack(residuals), np.stack(duals)                       # [factors, n, k]
+    residuals = np.stack(residuals)
+    duals = np.stack(duals)  # [factors, n, k]
     error = (residuals**2).sum(1) / size                                          # [factors, k]
     best = uniform_filter1d(error, 2 * NEAR + 1, axis=1, mode="nearest").argmin(0)
     column = np.arange(len(size))
     to_genes = (scores / size).T @ y                                              # [k, G]
-    residual, dual = residuals[best, :, column].T, duals[best, :, column].T       # [n, k]
+    residual = residuals[best, :, column].T
+    dual = duals[best, :, column].T  # [n, k]
     return y - residual @ to_genes, dual @ to_genes
 
 # %% ../nbs/41_smoother.ipynb #c021
@@ -80,7 +87,9 @@ def single_effects(
     actions: list,  # P actions
     truth: np.ndarray,  # [P, G] their effects
     genes: list,  # G names
-) -> tuple[list, np.ndarray, np.ndarray]: # n (target, mode); effects beyond the mean [n, G]; the mean [G]
+) -> tuple[
+    list, np.ndarray, np.ndarray
+]:  # n (target, mode); effects beyond the mean [n, G]; the mean [G]
     "Effects of single targets per unit of strength, beyond their mean, 0 at the target itself."
     rows = {}
     for i, a in enumerate(actions):

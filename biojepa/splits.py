@@ -96,20 +96,20 @@ def _group(name, seen):
 # %% ../nbs/14_splits.ipynb #c021
 def _check_names(split):
     """Raise Leak when a name is in two parts, or when training has seen more of a held-out name
-    than its group says."""
+    than its group allows."""
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         both = sorted(set(getattr(split, a)) & set(getattr(split, b)))
         if both and not (split.test_contexts if b == "test" else split.val_contexts):
             raise Leak(f"{both[0]!r} is in {a} and in {b}")
     twice = sorted(set(split.val_contexts) & set(split.test_contexts))
     if twice: raise Leak(f"cell type {twice[0]!r} is held out for val and for test")
-    taught = {g: n for n in split.train for g in parts(n)}
+    trained = {g: n for n in split.train for g in parts(n)}
     for name, group in split.groups.items():
         if group == "unseen_context": continue
-        hidden = {g: taught[g] for g in parts(name) if g in taught}
+        hidden = {g: trained[g] for g in parts(name) if g in trained}
         if len(parts(name)) == 1 and hidden:
             raise Leak(f"{name!r} is held out as {group}, but training holds {hidden[name]!r}")
-        if _group(name, taught) != group:
+        if _group(name, trained) != group:
             raise Leak(
                 f"{name!r} is held out as {group}, but of its parts training has "
                 f"seen {hidden or 'none'}"
@@ -342,7 +342,6 @@ def _elsewhere(cells, seed, context, val):
 RULES = {"unseen_gene": _unseen_gene, "simulation": _simulation, "unseen_pair": _unseen_pair}
 CONTEXTS = {"unseen_context": _unseen_context, "elsewhere": _elsewhere}
 
-# %% ../nbs/14_splits.ipynb #c068
 def split(
     cells: AnnData, # prepared cells
     # 'unseen_gene', 'simulation' (GEARS), 'unseen_pair', 'unseen_context' or 'elsewhere'
@@ -368,7 +367,7 @@ def split(
     check_split(out, cells)
     return out
 
-# %% ../nbs/14_splits.ipynb #c078
+# %% ../nbs/14_splits.ipynb #c077
 def folds(
     cells: AnnData, # prepared cells
     k: int = 5, # number of folds
@@ -388,5 +387,5 @@ def folds(
     for s in out: check_split(s, cells)
     return out
 
-# %% ../nbs/14_splits.ipynb #c084
+# %% ../nbs/14_splits.ipynb #c083
 document(globals())

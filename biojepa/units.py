@@ -95,6 +95,7 @@ def scale(
     value, row, start = _positive(X, n)
     if len(start) < 2 or len(value) < 20: return None
     undone = {way: undo(value) for way, undo in WAYS.items()}
+    undone = {way: v for way, v in undone.items() if v.max() < 1e12}  # no cell is that large
     found = _by_sums(undone, start)
     if found: return found
     if len(np.unique(value)) > 3:
@@ -102,7 +103,7 @@ def scale(
         if whole: return whole[0], 0
     shares = {way: _multiples(v, row, start) for way, v in undone.items()}
     fitting = [way for way, share in shares.items() if share > 0.95]
-    if not fitting or (fitting[0] != "log1p" and shares["log1p"] > 0.8): return None
+    if not fitting or (fitting[0] != "log1p" and shares.get("log1p", 0) > 0.8): return None
     return fitting[0], None
 
 # %% ../nbs/05_units.ipynb #c020

@@ -143,17 +143,7 @@ def test_the_held_out_floor_is_a_refit_without_those_rows(screen):
     for i in (0, len(blocks) // 2, len(blocks) - 1):
         keep = np.setdiff1d(np.arange(len(blocks)), blocks[i])
         less = copy.copy(floor)
-        rows = floor._kernels([floor.actions[j] for j in keep], [floor.contexts[j] for j in keep])
-        less.blocks = rows
-        less.noise = floor.noise[keep]
-        less.scores = floor.scores[keep]
-        grams = [x @ x.T / floor.scale[n] for n, x in rows.items()]
-        K = sum(w * g for w, g in zip(floor.weights, grams)) / np.sqrt(
-            np.outer(less.noise, less.noise)
-        )
-        values, less.vectors = np.linalg.eigh(K)
-        less.values = np.maximum(values, 0)
-        less._dual()
+        less.mixed = floor.mixed.on_rows(keep)
         again = less.predict([floor.actions[i]], [floor.contexts[i]])[0][0]
         assert np.allclose(again, floor.held_out[i], atol=1e-6 + 1e-4 * np.abs(again).max())
         assert all(
@@ -744,7 +734,7 @@ def test_a_new_line_is_answered_by_what_carries_over(three_lines, tmp_path):
         and "LINE2" not in model.closed_form.contexts
     )
     # learned on the validation line
-    assert model.closed_form.new_lines.far > 0 and model.closed_form.new_lines.share != .5
+    assert model.closed_form.new_lines.typical_distance > 0 and model.closed_form.new_lines.share != .5
     there, home = (
         model.predict(cells, fold.test, c) for c in ("LINE2", model.closed_form.contexts[0])
     )
@@ -795,7 +785,7 @@ def test_without_a_line_to_learn_from_half_carries_over():
     )
     fold = split(cells, "unseen_context", context="LINE1", seed=0)
     new_lines = BioJEPA.fit(cells, fold, network=False, progress=False).closed_form.new_lines
-    assert new_lines.share == .5 and not new_lines.far
+    assert new_lines.share == .5 and not new_lines.typical_distance
 
 
 def test_nine_of_ten_held_out_effects_lie_in_the_interval(model, screen):
@@ -922,7 +912,15 @@ def test_a_stranger_after_one_perturbation_has_a_spread(screen):
     assert (out.layers["std"] > 0.5 * np.sqrt(np.mean(seen.X**2))).all()
 
 
-def test_a_model_says_what_it_is(model, screen, tmp_path):
+@pytest.fixture
+def whole_model(screen):
+    "A fit of its own: other tests add modes to the shared one."
+    cells, features, fold = screen
+    return BioJEPA.fit(cells, fold, features=features, seed=0, **TINY)
+
+
+def test_a_model_says_what_it_is(whole_model, screen, tmp_path):
+    model = whole_model
     cells, _, fold = screen
     text = repr(model)
     for word in ("base", "fitted", "48 genes", f"{len(fold.train)} perturbations seen", "share"):
@@ -938,7 +936,8 @@ def rewritten(folder, **change):
     write_model(folder, arrays, facts | change)
 
 
-def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):
+def test_a_damaged_model_is_refused_in_one_sentence(whole_model, tmp_path):
+    model = whole_model
     whole = model.save(tmp_path / "m")
     weights, text = ((whole / n).read_bytes() for n in ("model.safetensors", "model.json"))
     rng = np.random.default_rng(0)
@@ -975,13 +974,14 @@ def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):
     for odd in (
         {k: v for k, v in arrays.items() if k != name},
         arrays | {name: arrays[name] * np.nan},
-        {k: v for k, v in arrays.items() if k != "closed_form.alpha"},
+        {k: v for k, v in arrays.items() if k != "closed_form.mixed.alpha"},
     ):
         write_model(whole, odd, facts)
         refused()
 
 
-def test_a_failed_write_leaves_the_old_model_whole(model, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_model_whole(whole_model, tmp_path, monkeypatch):
+    model = whole_model
     whole = model.save(tmp_path / "m")
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
     def full(*_): raise OSError(28, "No space left on device")

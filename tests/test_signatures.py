@@ -14,7 +14,6 @@ from biojepa.signatures import (
     read_signatures,
     signature_folds,
     signatures,
-    value_signatures,
 )
 from biojepa.signature_baselines import (
     SIGNATURE_BASELINES,
@@ -258,3 +257,29 @@ def test_real_families_stay_together():
     ) < len(names)
     for f in signature_folds(sig, 5, families=family):
         assert not {family.get(n, n) for n in f.test} & {family.get(n, n) for n in f.train + f.val}
+
+
+def test_scores_of_probabilities():
+    "By hand, by scikit-learn, and beside the base rate."
+    from sklearn.metrics import brier_score_loss, log_loss as sk_log_loss
+    rng = np.random.default_rng(0)
+    p = rng.uniform(size=900)
+    y = (rng.uniform(size=900) < p).astype(float)
+    row = rng.integers(9, size=900)
+    each = np.ones(900)
+    score = {k: s.function(p, y, each, row) for k, s in SIGNATURE_SCORES.items()}
+    assert np.isclose(score["brier"], brier_score_loss(y, p))
+    assert np.isclose(score["log_loss"], sk_log_loss(y, p), atol=1e-3)
+    within = [roc_auc_score(y[row == r], p[row == r]) for r in range(9)]
+    assert np.isclose(score["rank_within"], np.mean(within))
+    assert score["calibration_error"] < 0.06 < SIGNATURE_SCORES["calibration_error"].function(p**4, y, each, row)
+
+
+def test_a_label_that_is_missing_is_no_name(data):
+    table = data[2]
+    for column, word in (("gene", "no gene"), ("pert", "no pert")):
+        for blank in (None, "nan", "", "None"):
+            bad = table.astype({column: object}).copy()
+            bad.loc[bad.index[3], column] = blank
+            with pytest.raises(BadSignatures, match=f"row 3 has {word}"): signatures(bad, "line")
+    with pytest.raises(BadSignatures, match="no line"): signatures(table)

@@ -1,4 +1,4 @@
-"Laws of the prior and the floor: every one of these fails when the line it guards is broken."
+"Laws of the closed form: each of these fails when the line it guards is broken."
 import numpy as np
 import pytest
 
@@ -11,6 +11,8 @@ from biojepa.perturbations import strength
 from biojepa.smoother import KernelSmoother, by_direction, leave_one_out, single_effects
 from biojepa.prior import Prior
 from biojepa.closed_form import ClosedForm
+from biojepa.effects import control_means
+from biojepa.error_variance import known_noise
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_left_out_is_a_refit_without_the_row():
         )
 
 
-def test_what_a_training_target_hears_does_not_hold_its_own_effect(screen, prior):
+def test_the_prediction_of_a_training_target_does_not_use_its_own_effect(screen, prior):
     cells, fold, table, seen = screen
     e = effects(seen)
     targets, beyond, _ = single_effects(
@@ -58,14 +60,16 @@ def test_what_a_training_target_hears_does_not_hold_its_own_effect(screen, prior
     )
     spoilt = beyond.copy()
     spoilt[3] += 100
-    said = [
+    predicted = [
         KernelSmoother().fit(targets, b, table, prior.smoother.setting).held_out
         for b in (beyond, spoilt)
     ]
-    assert np.allclose(said[0][3], said[1][3], atol=1e-6) and not np.allclose(said[0], said[1])
+    assert np.allclose(predicted[0][3], predicted[1][3], atol=1e-6) and not np.allclose(
+        predicted[0], predicted[1]
+    )
 
 
-def test_directions_hardly_notice_a_row_that_is_left_out():
+def test_principal_directions_hardly_depend_on_the_row_that_is_left_out():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 6))
     K = x @ x.T / 6
@@ -87,7 +91,7 @@ def test_directions_hardly_notice_a_row_that_is_left_out():
     )
 
 
-def test_the_target_itself_says_nothing_and_doses_are_divided_out():
+def test_the_target_itself_is_set_to_the_mean_and_doses_are_divided_out():
     a = [
         Action.parse("G0", "drug", dose=1.0),
         Action.parse("G0", "drug", dose=3.0),
@@ -154,16 +158,16 @@ def test_few_targets_leave_only_the_mean(screen):
     assert np.allclose(out[rest], p.share * p.centre[rest])
 
 
-def test_doubt_grows_with_distance_and_unseen_targets_are_less_sure(screen):
+def test_variance_grows_with_distance_and_is_larger_for_unseen_targets(screen):
     cells, fold, table, seen = screen
     closed_form = ClosedForm().fit(seen, table)
     known = next(a for a in closed_form.actions if len(a.parts) == 1)
     new = Action.parse(next(n for n in fold.test if "+" not in n))
-    closed_form.slope = 0.0
+    closed_form.errors.slope = 0.0
     std = closed_form.predict([known, new], ["LINE0"] * 2)[1]
     # what is peculiar to an unseen target is not known
     assert std[1].mean() > std[0].mean()
-    closed_form.slope = 1.0
+    closed_form.errors.slope = 1.0
     v = closed_form.prior.smoother.variance(
         [(a.parts[0].target, a.parts[0].mode) for a in (known, new)]
     )
@@ -171,9 +175,116 @@ def test_doubt_grows_with_distance_and_unseen_targets_are_less_sure(screen):
     assert (d[0] < d[1]) == (v[0] < v[1]) and np.isclose(np.log(d[1] / d[0]), np.log(v[1] / v[0]))
 
 
-def test_it_keeps_its_word_on_disk(screen, prior):
+def test_a_saved_prior_predicts_the_same(screen, prior):
     arrays, facts = prior.state()
     again = Prior.from_state(arrays, facts, prior.smoother.table)
     names = ["GENE1", "GENE2+GENE5", "GENE99"]
     a = [Action.parse(n) for n in names]
     assert np.allclose(again.expect(a, ["LINE0"] * 3), prior.expect(a, ["LINE0"] * 3), atol=1e-5)
+
+
+def only(cells, *names):
+    return cells[cells.obs.perturbation.isin([*names, "control"]).values].copy()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_few_perturbations_leave_a_wide_interval(screen, n):
+    cells, fold, table, seen = screen
+    names = sorted(x for x in fold.train if "+" not in x)[:n]
+    model = ClosedForm().fit(only(seen, *names), table)
+    mean, std = model.predict([Action.parse("STRANGER")], ["LINE0"])
+    # an unseen target: n / (n + 1) of the mean, a spread no smaller than the effects that were seen
+    assert np.allclose(mean[0], model.prior.centre * n / (n + 1))
+    assert (std**2).mean() > 0.4 * (model.truth**2).mean() and std.min() > 0.01
+    every = effects(
+        cells[(fold.mask(cells, "test") | (cells.obs.perturbation == "control")).values]
+    )
+    alone = np.array(["+" not in x for x in every.obs.perturbation])
+    mean, std = model.predict(
+        [a for a, o in zip(actions_of(every.obs), alone) if o], ["LINE0"] * alone.sum()
+    )
+    spread = np.sqrt(std**2 + every.layers["sem"][alone] ** 2)
+    assert (np.abs(every.X[alone] - mean) < 1.645 * spread).mean() > 0.8
+
+
+def test_a_measured_perturbation_keeps_its_own_interval(screen):
+    cells, fold, table, seen = screen
+    name = sorted(x for x in fold.train if "+" not in x)[0]
+    model = ClosedForm().fit(only(seen, name), table)
+    mean, std = model.predict(
+        [Action.parse(name), Action.parse("STRANGER"), Action()], ["LINE0"] * 3
+    )
+    assert np.corrcoef(mean[0], model.truth[0])[0, 1] > 0.95 and std[0].mean() < std[1].mean()
+    assert not mean[2].any() and not std[2].any()
+
+
+def test_doses_beyond_training_saturate():
+    raw = bj.simulate(
+        n_genes=60,
+        n_perturbations=20,
+        n_drugs=10,
+        doses=(0.1, 1.0, 10.0),
+        cells_per_perturbation=12,
+        seed=1,
+    )
+    model = ClosedForm().fit(bj.prepare(raw, n_genes=60))
+    assert model.largest_doses() == {"drug": 10.0, "CRISPRi": 1.0}
+    def ask(dose, **more):
+        return model.predict([Action.parse("DRUG0", "drug", dose=dose)], ["LINE0"], **more)
+    top = ask(10.0)
+    for dose in (11.0, 1000.0, 1e9):
+        for a, b in zip(ask(dose), top): assert np.array_equal(a, b)
+    assert np.array_equal(ask(3.0)[0], ask(3.0, extrapolate=True)[0])
+    assert np.linalg.norm(ask(1000.0, extrapolate=True)[0]) > 2 * np.linalg.norm(top[0])
+
+
+def test_one_cell_in_a_condition_leaves_the_fit_as_it_is(screen):
+    cells, fold, table, seen = screen
+    name = sorted(x for x in fold.train if "+" not in x)[3]
+    own = np.flatnonzero((seen.obs.perturbation == name).values)
+    less = seen[np.setdiff1d(np.arange(seen.n_obs), own[1:])].copy()
+    ask = [Action.parse(x) for x in fold.test], ["LINE0"] * len(fold.test)
+    one, whole = (ClosedForm().fit(c, table).predict(*ask) for c in (less, seen))
+    assert np.isfinite(one[0]).all() and np.isfinite(one[1]).all()
+    assert np.corrcoef(one[0].ravel(), whole[0].ravel())[0, 1] > 0.95
+    noise = known_noise(np.array([[1.0, 2], [3, 4], [np.nan, np.nan]]), [4, 4, 1])
+    assert (
+        np.allclose(noise[2], [20, 40]) and np.isfinite(known_noise(np.full((2, 3), np.nan))).all()
+    )
+
+
+@pytest.fixture(scope="module")
+def contexts():
+    raw = bj.simulate(
+        n_genes=80, n_perturbations=20, cells_per_perturbation=30, cell_types=5, seed=7
+    )
+    return bj.prepare(raw, n_genes=80)
+
+
+def test_intervals_of_a_new_context_come_from_contexts_that_are_left_out(contexts):
+    observed = effects(contexts)
+    for name in observed.obs.perturbation.unique()[:2]:
+        covered = []
+        for new in sorted(contexts.obs.cell_type.unique()):
+            rows = (contexts.obs.cell_type != new).values
+            model = ClosedForm().fit(only(contexts[rows], name))
+            at = ((observed.obs.cell_type == new) & (observed.obs.perturbation == name)).values
+            mean, std = model.predict(actions_of(observed.obs[at]), [new], control_means(contexts))
+            assert model.new_lines.typical_distance > 0
+            spread = np.sqrt(std**2 + observed.layers["sem"][at] ** 2)
+            covered.append((np.abs(observed.X[at] - mean) < 1.645 * spread).mean())
+        assert np.mean(covered) > 0.85 and min(covered) > 0.6
+
+
+def test_support_falls_with_the_distance_of_a_context(contexts):
+    control = control_means(contexts)
+    first, second, *_, last = sorted(control)
+    model = ClosedForm().fit(contexts[(contexts.obs.cell_type != last).values].copy())
+    support = model.context_support(control | {"far": control[last] + 6})
+    assert support[first] == support[second] == 1 > support[last] > 0.1 > support["far"]
+    one = (
+        ClosedForm()
+        .fit(contexts[(contexts.obs.cell_type == first).values].copy())
+        .context_support(control)
+    )
+    assert one[first] == 1 > one[last]
