@@ -24,7 +24,8 @@ from biojepa.demo import real_splits
 from biojepa.learned_baselines import ALL_BASELINES
 from biojepa.featurizers import as_table
 from biojepa.losses import effect_loss, inverse_dynamics
-from biojepa.metrics import Case, rank
+from biojepa.metrics import Case
+from biojepa.ranks import rank
 from biojepa.predictor import ActionTokens, Predictor
 from biojepa.splits import Split, folds, split
 from biojepa.training import action_loss_base

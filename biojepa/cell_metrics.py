@@ -5,29 +5,23 @@
 # %% auto #0
 __all__ = ['COMPONENTS', 'FITTED', 'SCALES', 'SET', 'REFERENCE', 'DE', 'LEVELS', 'energy', 'mmd', 'differential', 'de_overlap',
            'de_auprc', 'de_direction', 'de_lfc', 'coverage_90', 'uncertainty', 'error', 'calibration_error',
-           'partial_spearman', 'partners', 'gene_set_gap', 'gene_set_neighbour', 'probe', 'batch_leakage',
-           'interaction_error']
+           'partial_spearman', 'interaction_error']
 
 # %% ../nbs/64_cell_metrics.ipynb #c003
-import warnings
-from functools import lru_cache
-
 import numpy as np
 import pandas as pd
+import scanpy as sc
+import warnings
 from anndata import AnnData
-from scipy import sparse
+from functools import lru_cache
 from scipy.spatial.distance import cdist, pdist
-from scipy.stats import norm, rankdata, spearmanr
+from scipy.stats import norm, rankdata
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.metrics import average_precision_score
-from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict, cross_val_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/64_cell_metrics.ipynb #c004
-from .patching import document
 from .metrics import Case, FDR, METRICS, QUANTITY, _rows_r, metric, over
+from .patching import document
 
 # %% ../nbs/64_cell_metrics.ipynb #c008
 COMPONENTS = 50   # of the space in which sets of cells are compared
@@ -102,7 +96,6 @@ REFERENCE = 500 # control cells of a test at most
 # significant bool [P, G], log2 fold change [P, G]
 def differential(case: Case) -> tuple[np.ndarray, np.ndarray]:
     "Wilcoxon rank-sum test of every perturbation's treated cells against control cells, by scanpy."
-    import scanpy as sc
     control = np.unique(np.concatenate(case.control), axis=0)
     control = np.random.default_rng(0).permutation(control)[:REFERENCE]
     tested = [p for p, y in enumerate(case.treated) if len(y) > 1]
@@ -120,6 +113,7 @@ def differential(case: Case) -> tuple[np.ndarray, np.ndarray]:
         )
     return _read_test(cells.uns["de"], tested, case.observed.shape)
 
+# %% ../nbs/64_cell_metrics.ipynb #c016
 def _read_test(found, tested, shape):
     hit = np.zeros(shape, bool)
     change = np.zeros(shape)
@@ -140,7 +134,7 @@ def _per_row(case, f, least=1):
         [f(d, h, c) if h.sum() >= least else np.nan for d, h, c in zip(case.predicted, hit, change)]
     )
 
-# %% ../nbs/64_cell_metrics.ipynb #c016
+# %% ../nbs/64_cell_metrics.ipynb #c018
 DE = dict(slow=True)
 
 def _share(size, hit):
@@ -175,6 +169,7 @@ def de_overlap(case):
 def de_auprc(case):
     return _per_row(case, lambda d, hit, change: average_precision_score(hit, np.abs(d)))
 
+# %% ../nbs/64_cell_metrics.ipynb #c019
 @metric(
     "de_direction",
     (
@@ -204,7 +199,7 @@ def de_lfc(case):
         least=3,
     )
 
-# %% ../nbs/64_cell_metrics.ipynb #c019
+# %% ../nbs/64_cell_metrics.ipynb #c022
 LEVELS = (10, 30, 50, 70, 90) # per cent
 
 def _inside(case, level):
@@ -227,6 +222,7 @@ for level in LEVELS:
         level="quantity",
     )(lambda case, level=level: _inside(case, level))
 
+# %% ../nbs/64_cell_metrics.ipynb #c023
 @metric(
     "coverage_90",
     (
@@ -251,10 +247,11 @@ def uncertainty(case): return case.nothing() if case.std is None else case.std.m
 def error(case):
     return np.abs(case.predicted - case.observed).mean(1)
 
-# %% ../nbs/64_cell_metrics.ipynb #c020
+# %% ../nbs/64_cell_metrics.ipynb #c024
 def calibration_error(x, axis=-2):
     return np.abs(x.mean(axis) - np.array(LEVELS) / 100).mean(-1)   # [..., P, levels] to [...]
 
+# %% ../nbs/64_cell_metrics.ipynb #c025
 def partial_spearman(
     x: np.ndarray, # [..., P, 3]: two quantities, and what is taken out of both
     axis: int = -2, # where the perturbations are
@@ -299,121 +296,7 @@ over(
     ),
 )
 
-# %% ../nbs/64_cell_metrics.ipynb #c026
-def partners(
-    labels, # N sets of names; or the answer itself, which is given back
-) -> np.ndarray: # [N, N] bool, False on the diagonal
-    "Who shares a label with whom."
-    if isinstance(labels, np.ndarray) and labels.dtype == bool: return labels
-    own = [set(x) for x in labels]
-    column = {n: i for i, n in enumerate(sorted(set().union(*own), key=str))}
-    row = [i for i, x in enumerate(own) for _ in x]
-    at = [column[n] for x in own for n in x]
-    member = sparse.csr_matrix((np.ones(len(row)), (row, at)), (len(own), len(column)))
-    shared = (member @ member.T).toarray() > 0
-    np.fill_diagonal(shared, False)
-    return shared
-
-def _similar(x):
-    x = np.asarray(x, float)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return x @ x.T
-
-def gene_set_gap(
-    x: np.ndarray, # [N, D] an embedding, or centred effects
-    labels, # N sets of pathway names, or what `partners` made of them
-) -> np.ndarray: # [N]; NaN without a partner or without others
-    "Mean cosine with those that share a pathway, minus the mean cosine with the rest."
-    near = _similar(x)
-    both = partners(labels)
-    itself = np.eye(len(x), dtype=bool)
-    def mean(mask):
-        return np.where(mask.any(1), (near * mask).sum(1) / np.maximum(mask.sum(1), 1), np.nan)
-    return mean(both) - mean(~both & ~itself)
-
-def gene_set_neighbour(
-    x: np.ndarray, # [N, D]
-    labels, # N sets of pathway names, or what `partners` made of them
-) -> np.ndarray: # [N], 0 to 1; NaN without a partner
-    "Is the nearest neighbour by cosine one that shares a pathway? Ties count their share."
-    near = _similar(x)
-    both = partners(labels)
-    np.fill_diagonal(near, -np.inf)
-    first = near >= near.max(1, keepdims=True) - 1e-9
-    return np.where(both.any(1), (first & both).sum(1) / np.maximum(first.sum(1), 1), np.nan)
-
-# %% ../nbs/64_cell_metrics.ipynb #c027
-def _on_pathways(case, f):
-    return (
-        case.nothing()
-        if case.gene_sets is None or len(case) < 3
-        else f(case.beyond()[0], case.gene_sets)
-    )
-
-@metric(
-    "gene_set_gap",
-    (
-        "Mean cosine of the centred predicted effect (d_hat - m) with those of tested "
-        "perturbations that share a pathway, minus the mean cosine with the rest."
-    ),
-)
-def _gap(case):
-    return _on_pathways(case, gene_set_gap)
-
-@metric(
-    "gene_set_neighbour",
-    (
-        "Share of perturbations whose nearest neighbour among the tested, by cosine of "
-        "the centred predicted effects, shares a pathway."
-    ),
-    unit="share",
-)
-def _neighbour(case):
-    return _on_pathways(case, gene_set_neighbour)
-
-# %% ../nbs/64_cell_metrics.ipynb #c030
-def probe(
-    x: np.ndarray, # [N, D] embedding, or predicted effects
-    y, # [N] bool, or numbers
-    n_folds: int = 5,
-    seed: int = 0,
-) -> float: # AUROC (chance 0.5) for bool, Spearman (chance 0) for numbers
-    "Cross-validated linear probe: logistic regression, or ridge."
-    y = np.asarray(y)
-    if y.dtype == bool:
-        folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-        return float(
-            cross_val_score(
-                make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-                x,
-                y,
-                cv=folds,
-                scoring="roc_auc",
-            ).mean()
-        )
-    model = make_pipeline(StandardScaler(), RidgeCV(np.geomspace(.1, 1e4, 11)))
-    return float(
-        spearmanr(
-            y, cross_val_predict(model, x, y, cv=KFold(n_folds, shuffle=True, random_state=seed))
-        ).statistic
-    )
-
-def batch_leakage(
-    x: np.ndarray, # [N, D] embedding of cells
-    batch, # [N] names
-    n_folds: int = 5,
-    seed: int = 0,
-) -> tuple[float, float]: # balanced accuracy, and what chance gives
-    "How well a linear classifier that was trained on other cells tells the batch. Best is chance."
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced")
-    )
-    folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    return float(
-        cross_val_score(model, x, np.asarray(batch), cv=folds, scoring="balanced_accuracy").mean()
-    ), 1 / len(set(batch))
-
-# %% ../nbs/64_cell_metrics.ipynb #c035
+# %% ../nbs/64_cell_metrics.ipynb #c033
 @metric(
     "interaction_error",
     (
@@ -432,5 +315,5 @@ def interaction_error(case):
         ((case.singles - case.observed) ** 2).sum(1), 1e-12
     )
 
-# %% ../nbs/64_cell_metrics.ipynb #c039
+# %% ../nbs/64_cell_metrics.ipynb #c037
 document(globals())

@@ -26,7 +26,8 @@ from .cells import CONTROL, dense
 from .prepare import _names
 from .splits import Split
 from .answers import answers, check_predictor, held_out, observed_effects
-from .metrics import Case, FDR, METRICS, places
+from .metrics import Case, FDR, METRICS
+from .ranks import places
 from .judge import _pools, chosen
 
 # %% ../nbs/80_external_evaluators.ipynb #c010

@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['CELLS', 'HALVINGS', 'SCALE', 'CONTROLLED', 'chosen', 'wrong_names', 'HeldOutContext', 'shrunk', 'judge', 'score_fold']
 
-# %% ../nbs/66_judge.ipynb #c002
+# %% ../nbs/66_judge.ipynb #c003
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-# %% ../nbs/66_judge.ipynb #c003
+# %% ../nbs/66_judge.ipynb #c004
 from .cells import CONTROL, dense, parts
 from .patching import document, patch
 from .effects import _halve, effects
-from .answers import answers, answers_with_std, check_predictor, held_out, observed_effects
+from .simulator import true_effects
+from .answers import Answers, check_predictor, held_out, observed_effects
 from .baselines import in_context, training_effects
 from .metrics import Case, METRICS
-from . import cell_metrics  # registers its metrics
+from . import ranks, state_metrics, cell_metrics, embedding_metrics  # each registers its own
 
-# %% ../nbs/66_judge.ipynb #c006
+# %% ../nbs/66_judge.ipynb #c007
 def chosen(
     names=None, # None: every metric that is not slow; 'all'; or a list of names
 ) -> dict: # name -> Metric, with the quantities that they need
@@ -34,7 +35,7 @@ def chosen(
     wanted = {*names, *(q for n in names for q in METRICS[n].needs)}
     return {n: m for n, m in METRICS.items() if n in wanted}
 
-# %% ../nbs/66_judge.ipynb #c008
+# %% ../nbs/66_judge.ipynb #c009
 CELLS = 100 # treated cells per perturbation that metrics of single cells look at
 
 def _pools(cells):
@@ -65,7 +66,7 @@ def _pairs_of(cells, conditions):
         out.append((dense(X[chosen_]), dense(X[own])))
     return map(list, zip(*out))
 
-# %% ../nbs/66_judge.ipynb #c009
+# %% ../nbs/66_judge.ipynb #c010
 def wrong_names(
     names, # P tested perturbations
     kinds, # their P kinds
@@ -89,7 +90,7 @@ def wrong_names(
         if others: out[:, i] = rng.choice(others, n, replace=len(others) < n)
     return out
 
-# %% ../nbs/66_judge.ipynb #c011
+# %% ../nbs/66_judge.ipynb #c012
 class HeldOutContext:
     "One cell type of one split: the truth, and all that predictions are held against."
     def __init__(self,
@@ -115,65 +116,77 @@ class HeldOutContext:
         self.wrong = wrong_names(names, kinds, seen.index)
         self.pool = np.concatenate([self.truth.X, seen.values])
 
-    def score(self, case, only=None):
-        # metric name -> [P]
-        return {n: self.metrics[n].function(case) for n in only or self.metrics}
-
-# %% ../nbs/66_judge.ipynb #c012
+# %% ../nbs/66_judge.ipynb #c013
 @patch
-def bundle(self: HeldOutContext, cells, truth, predicted):
-    "The Case of these cells."
+def score(self: HeldOutContext,
+    case: Case, # predictions and truth of P perturbations
+    only=None, # names of metrics; None: all that were chosen
+) -> dict: # metric name -> [P]
+    "Every metric of one prediction."
+    return {n: self.metrics[n].function(case) for n in only or self.metrics}
+
+@patch
+def singles(self: HeldOutContext,
+    name: str, # a perturbation
+) -> np.ndarray: # [G]; NaN where a part was never seen alone, or there is only one
+    "Sum of the training effects of the parts of a combination."
+    own = list(parts(name))
+    if len(own) < 2 or not all(p in self.seen.index for p in own):
+        return np.full(self.truth.n_vars, np.nan)
+    return self.seen.loc[own].to_numpy().sum(0)
+
+@patch
+def sets(self: HeldOutContext,
+    name: str, # a perturbation
+) -> set:
+    "Gene sets that hold one of its targets."
+    return {w for p in parts(name) for w in self.gene_sets.get(p, ())}
+
+# %% ../nbs/66_judge.ipynb #c014
+@patch
+def bundle(self: HeldOutContext,
+    cells: AnnData, # of one cell type, controls included
+    truth: AnnData, # observed effects of P perturbations
+    predicted: np.ndarray, # [P, G]
+) -> Case: # what metrics take
+    "Predictions and all that they are compared with."
     names = list(truth.obs.perturbation)
-    control, treated = _pairs_of(
-        cells, truth.obs[["perturbation", "cell_type", "dose"]].itertuples(index=False, name=None)
-    )
-    targets = np.array([truth.var_names.isin(parts(n)) for n in names])
-    def known(n): return len(parts(n)) > 1 and all(p in self.seen.index for p in parts(n))
-    singles = np.stack(
-        [
-            self.seen.loc[list(parts(n))].to_numpy().sum(0)
-            if known(n)
-            else np.full(truth.n_vars, np.nan)
-            for n in names
-        ]
-    )
-    on = (
-        None
-        if self.gene_sets is None
-        else [{w for p in parts(n) for w in self.gene_sets.get(p, ())} for n in names]
-    )
+    rows = truth.obs[["perturbation", "cell_type", "dose"]]
+    control, treated = _pairs_of(cells, rows.itertuples(index=False, name=None))
     return Case(
         predicted,
         np.array(truth.X, dtype=np.float64),
         self.seen.values.mean(0),
-        targets,
+        np.array([truth.var_names.isin(parts(n)) for n in names]),
         control,
         treated,
         sem=np.array(truth.layers["sem"], dtype=np.float64),
         spread=self.seen.values.var(0),
-        singles=singles,
-        gene_sets=on,
+        singles=np.stack([self.singles(n) for n in names]),
+        gene_sets=None if self.gene_sets is None else [self.sets(n) for n in names],
     )
 
+# %% ../nbs/66_judge.ipynb #c016
 @patch
-def under(self: HeldOutContext, pool, wrong, only=None):
-    """Mean score, per metric, of answers under wrong names:
-
-    rows `wrong` [n, P] of `pool`; NaN where there is none.
-    """
+def under(self: HeldOutContext,
+    pool: np.ndarray, # [R, G] effects, of tested and of training perturbations
+    wrong: np.ndarray, # [n, P] rows of `pool`, -1 where there is none
+    only=None, # names of metrics; None: all that were chosen
+) -> dict: # metric name -> [P]
+    "Mean score of answers under wrong names; NaN where there is none."
     total = [self.score(self.case.answer(pool[w]), only) for w in wrong]
-    return {
-        m: np.where((wrong < 0).any(0), np.nan, np.mean([t[m] for t in total], 0)) for m in total[0]
-    }
+    none = (wrong < 0).any(0)
+    return {m: np.where(none, np.nan, np.mean([t[m] for t in total], 0)) for m in total[0]}
 
 @patch
-def floor(self: HeldOutContext):
+def floor(self: HeldOutContext) -> dict: # metric name -> [P]
+    "What no skill scores: no change, or an observed effect under a wrong name."
     none = self.score(self.case)
     shuffled = self.under(self.pool, self.wrong)
     return {m: none[m] if f.floor == "no_change" else shuffled[m] for m, f in self.metrics.items()}
 
-# %% ../nbs/66_judge.ipynb #c013
-HALVINGS = 5 # ways to halve the cells that the ceiling averages
+# %% ../nbs/66_judge.ipynb #c017
+HALVINGS = 5 # ways to halve the cells that `split_half` averages
 
 def shrunk(
     half: AnnData, # effects of half of the cells, with layers['sem']
@@ -184,43 +197,74 @@ def shrunk(
     m + max(0, 1 - sum sem^2 / sum (d - m)^2) (d - m).
     """
     own = np.array(half.X, dtype=np.float64) - centre
-    noise = np.nan_to_num(np.array(half.layers["sem"], dtype=np.float64) ** 2).sum(1) / np.maximum(
-        (own**2).sum(1), 1e-12
-    )
-    return centre + np.clip(1 - noise, 0, 1)[:, None] * own
+    noise = np.nan_to_num(np.array(half.layers["sem"], dtype=np.float64) ** 2).sum(1)
+    share = noise / np.maximum((own**2).sum(1), 1e-12)
+    return centre + np.clip(1 - share, 0, 1)[:, None] * own
 
+# %% ../nbs/66_judge.ipynb #c018
 @patch
-def ceilings(self: HeldOutContext, seed):
-    """What one half of the cells scores on the other, as it is (then corrected, see
-    `Metric.ceiling`) and drawn towards the mean."""
-    runs = {"ceiling": [], "duplicate": []}
+def halves(self: HeldOutContext,
+    seed: int, # of the halvings
+) -> dict: # 'split_half' and 'duplicate': metric name -> [P]
+    """What one half of the cells scores on the other, as it is (a squared error as a quarter, see
+    `Metric.half`) and drawn towards the mean; NaN where a half lacks a perturbation."""
+    runs = {"split_half": [], "duplicate": []}
     names = self.truth.obs_names
     for s in range(HALVINGS):
         one, two = (_halve(self.here, h, seed * HALVINGS + s) for h in (0, 1))
-        guess = effects(one)[names]
-        case = self.bundle(two, effects(two)[names], None)
-        runs["ceiling"].append(
-            {
-                m: self.metrics[m].ceiling(v)
-                for m, v in self.score(case.answer(np.array(guess.X, dtype=np.float64))).items()
-            }
-        )
+        guess, other = (effects(x) for x in (one, two))
+        if not {*names} <= {*guess.obs_names} & {*other.obs_names}: return self.nothing(runs)
+        guess, other = guess[names], other[names]
+        case = self.bundle(two, other, None)
+        raw = self.score(case.answer(np.array(guess.X, dtype=np.float64)))
+        runs["split_half"].append({m: self.metrics[m].half(v) for m, v in raw.items()})
         runs["duplicate"].append(self.score(case.answer(shrunk(guess, case.centre))))
-    return {
-        k: {m: np.mean([r[m] for r in each], 0) for m in self.metrics} for k, each in runs.items()
-    }
+    return {k: {m: np.mean([r[m] for r in each], 0) for m in self.metrics} for k, each in runs.items()}
 
-# %% ../nbs/66_judge.ipynb #c016
-SCALE = ("floor", "ceiling", "duplicate", "average") # what stands beside the predictors
+@patch
+def nothing(self: HeldOutContext,
+    keys, # names
+) -> dict: # key -> metric name -> [P] NaN
+    "No score, in the shape of one."
+    return {k: {m: self.case.nothing() for m in self.metrics} for k in keys}
+
+# %% ../nbs/66_judge.ipynb #c019
+@patch
+def noise_free(self: HeldOutContext) -> np.ndarray | None: # [P, G]
+    "The true effects of simulated cells, guides that fail included; None for real ones."
+    settings = self.here.uns.get("truth", {}).get("settings")
+    if settings is None: return None
+    failure = float(settings.get("guide_failure", 0))
+    rows = self.rows.assign(mode=self.truth.obs["mode"].to_numpy())
+    out = np.empty(self.truth.shape)
+    try:
+        for (line, mode, dose), own in rows.groupby(["cell_type", "mode", "dose"], observed=True):
+            out[own.index] = true_effects(
+                self.here, own.perturbation, line, None, dose, guide_failure=failure
+            ).loc[:, self.truth.var_names]
+    except (KeyError, ValueError): return None  # names or lines that the simulator did not make
+    return out
+
+@patch
+def ceilings(self: HeldOutContext,
+    seed: int = 0, # of the halvings
+) -> dict: # 'split_half', 'duplicate' and, on simulated cells, 'ceiling': metric name -> [P]
+    "What the cells support: one half against the other, and the noise-free truth where it is known."
+    known = self.noise_free()
+    own = {} if known is None else {"ceiling": self.score(self.case.answer(known))}
+    return self.halves(seed) | own
+
+# %% ../nbs/66_judge.ipynb #c022
+# what stands beside the predictors
+SCALE = ("floor", "ceiling", "split_half", "duplicate", "average")
 # metrics that negative controls are judged by
 CONTROLLED = ("pearson_delta", "pearson_pert", "rank", "mse")
 
 @patch
-def tidy(self: HeldOutContext, scores):
-    """model -> metric -> [P], as a table:
-
-    perturbation, cell_type, dose, split, model, metric, value.
-    """
+def tidy(self: HeldOutContext,
+    scores: dict, # model -> metric -> [P]
+) -> pd.DataFrame: # perturbation, cell_type, dose, split, model, metric, value
+    "Scores as a table."
     every = [(n, m, v) for n, each in scores.items() for m, v in each.items()]
     out = pd.concat([self.rows] * len(every) or [self.rows[:0]], ignore_index=True)
     def repeat(names):
@@ -231,34 +275,58 @@ def tidy(self: HeldOutContext, scores):
         value=np.concatenate([v for *_, v in every]) if every else [],
     )
 
+# %% ../nbs/66_judge.ipynb #c023
 @patch
-def ends(self: HeldOutContext, seed):
+def ends(self: HeldOutContext,
+    seed: int, # of the halvings
+) -> dict: # name of SCALE -> metric name -> [P]
+    "All that predictors are compared with."
     average = self.case.answer(np.tile(self.case.centre, (len(self.case), 1)))
     return {"floor": self.floor(), "average": self.score(average), **self.ceilings(seed)}
 
 @patch
-def controls(self: HeldOutContext, predictor, answer):
-    """Scores of a predictor whose answers are swapped, and, for a model, of what it says to no
-    action."""
+def controls(self: HeldOutContext,
+    predictor: Answers, # an opened predictor
+    answer: np.ndarray, # [P, G] what it predicts
+) -> dict: # name of the control -> metric name -> [P]
+    "Scores of a predictor whose answers are swapped, and, for a model, of its answer to no action."
     only = [m for m in CONTROLLED if m in self.metrics]
+    if not only: return {}
     wrong = np.where(self.wrong < len(answer), self.wrong, -1)[:5]
-    out = {"another's action": self.under(answer, wrong, only)} if only else {}
-    if only and hasattr(predictor, "predict"):
-        silent = self.truth.copy()
-        silent.obs["perturbation"] = CONTROL
-        out["zero action"] = self.score(
-            self.case.answer(answers(predictor, self.here, silent)), only
-        )
+    out = {"another's action": self.under(answer, wrong, only)}
+    if predictor.is_model:
+        unperturbed = self.truth.copy()
+        unperturbed.obs["perturbation"] = CONTROL
+        none = predictor.ask(self.here, unperturbed)[0]
+        out["zero action"] = self.score(self.case.answer(none), only)
     return out
 
-# %% ../nbs/66_judge.ipynb #c017
+# %% ../nbs/66_judge.ipynb #c025
+def _examine(context, opened, seed, halve):
+    "Scores, controls and effects of one cell type."
+    predicted = {n: p.ask(context.here, context.truth) for n, p in opened.items()}
+    scores = {n: context.score(context.case.answer(*a)) for n, a in predicted.items()}
+    tried = {}
+    if halve:
+        scores |= context.ends(seed)
+        for n, p in opened.items():
+            tried |= {(n, k): v for k, v in context.controls(p, predicted[n][0]).items()}
+    index = pd.MultiIndex.from_frame(context.rows)
+    known = {n: a for n, (a, _) in predicted.items()} | {"observed": context.case.observed}
+    effects_ = {
+        n: pd.DataFrame(np.asarray(a, np.float32), index, context.truth.var_names)
+        for n, a in known.items()
+    }
+    return context.tidy(scores), context.tidy(tried), effects_
+
+# %% ../nbs/66_judge.ipynb #c026
 def judge(
     cells: AnnData, # prepared cells
     split, # a Split
-    predictors: dict, # name -> predictor, already fitted
+    predictors: dict, # name -> predictor, already fitted, opened (`Answers`) or not
     seed: int = 0, # of the halves
     metrics=None, # of `chosen`
-    gene_sets: dict | None = None, # gene -> names of its pathways
+    gene_sets: dict | None = None, # gene -> names of its gene sets
     halve: bool = True, # compute the ends of the scale and the swapped actions too
 ) -> dict: # 'scores' and 'controls', tidy tables; 'effects', name -> (rows x genes)
     "Judge predictors on one split, each cell type by itself."
@@ -266,61 +334,31 @@ def judge(
     observed = training_effects(cells, split)
     metrics = chosen(metrics)
     for p in predictors.values(): check_predictor(p, split)
+    opened = {n: Answers.of(p, str(n)) for n, p in predictors.items()}
     lines = tested.obs.cell_type.astype(str).values
-    out = dict(scores=[], controls=[], effects=[])
+    out = []
     for c in sorted(set(lines)):
-        context = HeldOutContext(
-            tested[lines == c], split, in_context(observed, c), metrics, gene_sets
-        )
-        said = {n: answers_with_std(p, context.here, context.truth) for n, p in predictors.items()}
-        out["scores"].append(
-            context.tidy(
-                {n: context.score(context.case.answer(*a)) for n, a in said.items()}
-                | (context.ends(seed) if halve else {})
-            )
-        )
-        tried = (
-            {
-                (n, k): v
-                for n, p in predictors.items()
-                for k, v in context.controls(p, said[n][0]).items()
-            }
-            if halve
-            else {}
-        )
-        out["controls"].append(context.tidy(tried))
-        known = {n: a for n, (a, _) in said.items()} | {"observed": context.case.observed}
-        out["effects"].append(
-            {
-                n: pd.DataFrame(
-                    np.asarray(a, np.float32),
-                    pd.MultiIndex.from_frame(context.rows),
-                    context.truth.var_names,
-                )
-                for n, a in known.items()
-            }
-        )
-    tried = pd.concat(out["controls"], ignore_index=True)
+        seen = in_context(observed, c)
+        context = HeldOutContext(tested[lines == c], split, seen, metrics, gene_sets)
+        out.append(_examine(context, opened, seed, halve))
+    scores, tried = (pd.concat(t, ignore_index=True) for t in list(zip(*out))[:2])
+    names = [k if isinstance(k, tuple) else (k, "") for k in tried.model]
     tried = tried.assign(
-        control=[k for _, k in tried.model],
-        model=pd.Series([n for n, _ in tried.model], dtype=object),
+        control=[k for _, k in names], model=pd.Series([m for m, _ in names], dtype=object)
     )
-    return dict(
-        scores=pd.concat(out["scores"], ignore_index=True),
-        controls=tried,
-        effects={n: pd.concat([e[n] for e in out["effects"]]) for n in (*predictors, "observed")},
-    )
+    both = {n: pd.concat([e[n] for *_, e in out]) for n in (*predictors, "observed")}
+    return dict(scores=scores, controls=tried, effects=both)
 
-# model, perturbation, cell_type, dose, split, metric, value
 def score_fold(
-    cells, split, predictors: dict, seed: int = 0, metrics=None, gene_sets=None
-) -> pd.DataFrame:
-    """The scores of `judge`:
-
-    every metric of every predictor; `floor`, `average`, `ceiling` and `duplicate` are four more
-    models.
-    """
+    cells: AnnData, # prepared cells
+    split, # a Split
+    predictors: dict, # name -> predictor, already fitted
+    seed: int = 0, # of the halves
+    metrics=None, # of `chosen`
+    gene_sets: dict | None = None, # gene -> names of its gene sets
+) -> pd.DataFrame: # model, perturbation, cell_type, dose, split, metric, value
+    "The scores of `judge`; the names of SCALE are models beside the predictors."
     return judge(cells, split, predictors, seed, metrics, gene_sets)["scores"]
 
-# %% ../nbs/66_judge.ipynb #c023
+# %% ../nbs/66_judge.ipynb #c032
 document(globals())

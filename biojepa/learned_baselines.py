@@ -45,7 +45,11 @@ ALPHAS = np.geomspace(1, 1e5, 11) # from believing the features to ignoring them
 
 class RidgeEffects(Baseline):
     "scikit-learn's Ridge from features to effects. Without features it is the mean."
-    def learn(self, cells, table):
+    def learn(self,
+        cells, # prepared cells
+        table, # a FeatureTable, or None
+    ):
+        "Learn from the training effects."
         self.table = (
             table if table is None or table.fitted_on is not None else table.fit(self.split.train)
         )
@@ -57,14 +61,24 @@ class RidgeEffects(Baseline):
         self.alpha = self.choose(cells, x, y)
         self.model = self.make(self.alpha).fit(x, y)
 
-    def make(self, alpha): return Ridge(alpha=alpha)
-    def inputs(self, names):
+    def make(self,
+        alpha, # penalty
+    ):
+        "A regressor with this setting."
+        return Ridge(alpha=alpha)
+    def inputs(self,
+        names, # perturbations, A
+    ):
         "Features [P, F] added over the parts; zeros where nothing is known."
         return np.stack([self.table.transform(list(parts(n)))[0].sum(0) for n in names])
 
 # %% ../nbs/62_learned_baselines.ipynb #c012
 @patch
-def choose(self: RidgeEffects, cells, x, y):
+def choose(self: RidgeEffects,
+    cells, # prepared cells
+    x, # features [P, F]
+    y, # effects [P, G], what is common taken off
+):
     """The alpha that agrees best with the validation perturbations, as they are and beyond the
     mean; with too few of them, by leave-one-out."""
     held = self.split.mask(cells, "val")
@@ -82,7 +96,11 @@ def choose(self: RidgeEffects, cells, x, y):
     return float(max(ALPHAS, key=agreement))
 
 @patch
-def answer(self: RidgeEffects, names, cell_type):
+def answer(self: RidgeEffects,
+    names, # perturbations, A
+    cell_type, # the context
+):
+    "Effects of each name in one context."
     if self.table is None: return np.tile(self.centre(cell_type), (len(names), 1))
     lost = self.table.missing(sorted({p for n in names for p in parts(n)}))
     if lost:
@@ -104,11 +122,20 @@ class Learner(RidgeEffects):
     the mean.
     """
     settings = ()
-    def learn(self, cells, table):
+    def learn(self,
+        cells, # prepared cells
+        table, # a FeatureTable, or None
+    ):
+        "Learn from the training effects."
         super().learn(cells, table)
         if self.table is not None: self.setting = self.alpha
 
-    def choose(self, cells, x, y):
+    def choose(self,
+        cells, # prepared cells
+        x, # features [P, F]
+        y, # effects [P, G], what is common taken off
+    ):
+        "The setting that predicts validation effects best."
         lines, names = (self.observed.index.get_level_values(i) for i in (0, 1))
         self.describe(x, y)
         held = validation(cells, self.split)
@@ -118,16 +145,26 @@ class Learner(RidgeEffects):
             truth = held.X
             lines = held.obs.cell_type
             def guess(s): return self.make(s).fit(x, y).predict(x_val)
-        else: guess = lambda s: cross_val_predict(self.make(s), x, y, groups=names, cv=GroupKFold(min(5, names.nunique())))
+        else:
+            cv = GroupKFold(min(5, names.nunique()))
+            def guess(s): return cross_val_predict(self.make(s), x, y, groups=names, cv=cv)
         centre = training_mean(self.observed, lines)
         return max(self.settings, key=lambda s: mean_agreement(guess(s) + centre, truth, centre))
 
-    def describe(self, x, y): "For the subclass: note what of the training data `make` needs."
+    def describe(self,
+        x, # features [P, F]
+        y, # effects [P, G], what is common taken off
+    ):
+        "For the subclass: note what of the training data `make` needs."
     def __repr__(self): return f"{type(self).__name__}(setting={getattr(self, 'setting', None)})"
 
 # %% ../nbs/62_learned_baselines.ipynb #c033
 @patch
-def answer(self: Learner, names, cell_type):
+def answer(self: Learner,
+    names, # perturbations, A
+    cell_type, # the context
+):
+    "Effects of each name in one context."
     out = RidgeEffects.answer(self, names, cell_type)
     if self.table is None: return out
     dark = [not self.table.transform(list(parts(n)))[1].any() for n in names]
@@ -138,8 +175,16 @@ class Neighbours(Learner):
     """Mean effect of the k training perturbations with the most similar features (cosine), the
     nearer the heavier."""
     settings = (1, 3, 5, 10, 20, 40) # k
-    def describe(self, x, y): self.most = max(1, len(x) // 2)
-    def make(self, k):
+    def describe(self,
+        x, # features [P, F]
+        y, # effects [P, G], what is common taken off
+    ):
+        "Note what of the training data `make` needs."
+        self.most = max(1, len(x) // 2)
+    def make(self,
+        k, # neighbours
+    ):
+        "A regressor with this setting."
         return KNeighborsRegressor(
             min(k, self.most), metric="cosine", weights="distance", algorithm="brute"
         )
@@ -150,8 +195,16 @@ class KernelRidgeEffects(Learner):
     settings = tuple(
         (share, alpha) for share in (0.1, 0.3, 1.0, 3.0) for alpha in (0.01, 0.1, 1.0, 10.0)
     )
-    def describe(self, x, y): self.spread = max(2 * x.var(0).sum(), 1e-12)
-    def make(self, setting):
+    def describe(self,
+        x, # features [P, F]
+        y, # effects [P, G], what is common taken off
+    ):
+        "Note what of the training data `make` needs."
+        self.spread = max(2 * x.var(0).sum(), 1e-12)
+    def make(self,
+        setting, # one of `settings`
+    ):
+        "A regressor with this setting."
         return KernelRidge(kernel="rbf", gamma=setting[0] / self.spread, alpha=setting[1])
 
 # %% ../nbs/62_learned_baselines.ipynb #c042
@@ -162,8 +215,16 @@ class Forest(Learner):
     "scikit-learn's RandomForestRegressor on the principal components of the effects."
     # share of the features per split, smallest leaf
     settings = ((0.33, 2), (0.33, 8), (0.1, 2), (0.1, 8))
-    def describe(self, x, y): self.rank = max(1, min(COMPONENTS, len(x) // 2, y.shape[1]))
-    def make(self, setting):
+    def describe(self,
+        x, # features [P, F]
+        y, # effects [P, G], what is common taken off
+    ):
+        "Note what of the training data `make` needs."
+        self.rank = max(1, min(COMPONENTS, len(x) // 2, y.shape[1]))
+    def make(self,
+        setting, # one of `settings`
+    ):
+        "A regressor with this setting."
         trees = RandomForestRegressor(
             TREES, max_features=setting[0], min_samples_leaf=setting[1], random_state=0
         )
@@ -186,7 +247,11 @@ class Bilinear(RegressorMixin, BaseEstimator):
         self.gene_ridge = gene_ridge
         self.own = own
 
-    def fit(self, x, y):
+    def fit(self,
+        x, # features [P, F]
+        y, # effects [P, G], what is common taken off
+    ):
+        "Fit both sides."
         self.b_ = y.mean(0)
         rank = min(self.rank, len(y) - 1, y.shape[1])
         self.G_ = PCA(rank, svd_solver="full").fit_transform(y.T)                      # [G, K]
@@ -196,8 +261,16 @@ class Bilinear(RegressorMixin, BaseEstimator):
         self.W_ = left(self.G_, self.gene_ridge) @ (y - self.b_).T @ left(self.P(x), self.ridge).T
         return self
 
-    def P(self, x): return x @ self.G_ if self.own else x
-    def predict(self, x): return self.P(x) @ self.W_.T @ self.G_.T + self.b_
+    def P(self,
+        x, # features [P, F]
+    ):
+        "Inputs of the regression."
+        return x @ self.G_ if self.own else x
+    def predict(self,
+        x, # features [P, F]
+    ):
+        "Effects [P, G]."
+        return self.P(x) @ self.W_.T @ self.G_.T + self.b_
 
 # %% ../nbs/62_learned_baselines.ipynb #c049
 class LinearEffects(Learner):
@@ -210,7 +283,11 @@ class LinearEffects(Learner):
         for rank in (5, 10, 20, 40)
         for ridge in (0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
     )
-    def learn(self, cells, table):
+    def learn(self,
+        cells, # prepared cells
+        table, # a FeatureTable, or None
+    ):
+        "Learn from the training effects."
         super().learn(cells, table)
         if self.table is not None: return
         lines, names = (self.observed.index.get_level_values(i) for i in (0, 1))
@@ -219,11 +296,22 @@ class LinearEffects(Learner):
         self.setting = self.choose(cells, x, y)
         self.model = self.make(self.setting).fit(x, y)
 
-    def make(self, setting): return Bilinear(*setting, own=self.table is None)
-    def inputs(self, names):
+    def make(self,
+        setting, # one of `settings`
+    ):
+        "A regressor with this setting."
+        return Bilinear(*setting, own=self.table is None)
+    def inputs(self,
+        names, # perturbations, A
+    ):
+        "Features of each name."
         if self.table is not None: return super().inputs(names)
         return np.array([[g in parts(n) for g in self.genes] for n in names], float)
-    def answer(self, names, cell_type):
+    def answer(self,
+        names, # perturbations, A
+        cell_type, # the context
+    ):
+        "Effects of each name in one context."
         if self.table is not None: return super().answer(names, cell_type)
         return self.centre(cell_type) + self.model.predict(self.inputs(names))
 
@@ -231,7 +319,11 @@ class LinearEffects(Learner):
 class ResponseEffects(Baseline):
     "Training mean plus linear response to the target gene. Uses no features."
     settings = (0.03, 0.1, 0.3, 1.0, 3.0) # shrinkage of the correlation matrix
-    def learn(self, cells, table):
+    def learn(self,
+        cells, # prepared cells
+        table, # a FeatureTable, or None
+    ):
+        "Learn from the training effects."
         modes = (
             cells.obs[["perturbation", "mode"]]
             .astype(str)
@@ -261,16 +353,33 @@ class ResponseEffects(Baseline):
             if score > best:
                 best, self.setting, self.response, self.beta = score, shrink, response, beta
 
-    def scale(self, r, y): return max(0.0, float((r * y).sum() / max((r**2).sum(), 1e-12)))
-    def targets(self, names): return np.array([[g in parts(n) for g in self.genes] for n in names])
-    def answer(self, names, cell_type):
+    def scale(self,
+        r, # predicted by the response [P, G]
+        y, # effects [P, G], what is common taken off
+    ):
+        "Least-squares factor, not below zero."
+        return max(0.0, float((r * y).sum() / max((r**2).sum(), 1e-12)))
+    def targets(self,
+        names, # perturbations, A
+    ):
+        "Which genes each name targets, bool [A, G]."
+        return np.array([[g in parts(n) for g in self.genes] for n in names])
+    def answer(self,
+        names, # perturbations, A
+        cell_type, # the context
+    ):
+        "Effects of each name in one context."
         return self.respond(self.response, self.beta, names, [cell_type] * len(names))
     def __repr__(self):
         return f"{type(self).__name__}(setting={self.setting}, beta={self.beta:.2f})"
 
 # %% ../nbs/62_learned_baselines.ipynb #c053
 @patch
-def profile(self: ResponseEffects, response, names, lines):
+def profile(self: ResponseEffects,
+    response, # a fitted linear response
+    names, # perturbations, A
+    lines, # the context of each
+):
     "Linear response [P, G] to each name in its cell type."
     modes = [self.modes.get(n, self.usual) for n in names]
     actions = [
@@ -280,14 +389,24 @@ def profile(self: ResponseEffects, response, names, lines):
     return response.profile(actions, list(lines))
 
 @patch
-def beyond_mean(self: ResponseEffects, response, names, lines):
+def beyond_mean(self: ResponseEffects,
+    response, # a fitted linear response
+    names, # perturbations, A
+    lines, # the context of each
+):
     "The same minus its mean over the training perturbations, in the same cell type."
     train = sorted(set(self.names))
     middle = {c: self.profile(response, train, [c] * len(train)).mean(0) for c in set(lines)}
     return self.profile(response, names, lines) - np.stack([middle[c] for c in lines])
 
 @patch
-def respond(self: ResponseEffects, response, beta, names, lines):
+def respond(self: ResponseEffects,
+    response, # a fitted linear response
+    beta, # factor of the response
+    names, # perturbations, A
+    lines, # the context of each
+):
+    "Effects of each name."
     guess = training_mean(self.observed, lines) + beta * self.beyond_mean(response, names, lines)
     return np.where(self.targets(names), self.profile(response, names, lines), guess)
 
@@ -297,7 +416,11 @@ class RidgeResponse(ResponseEffects):
 
     Without features it is the linear response.
     """
-    def learn(self, cells, table):
+    def learn(self,
+        cells, # prepared cells
+        table, # a FeatureTable, or None
+    ):
+        "Learn from the training effects."
         super().learn(cells, table)
         self.ridge = RidgeEffects().fit(cells, self.split, table)
         if self.ridge.table is None: self.weights = (0.0, self.beta); return
@@ -314,7 +437,11 @@ class RidgeResponse(ResponseEffects):
         r = self.beyond_mean(self.response, self.names, self.lines)
         self.weights = tuple(nnls(np.stack([held[other], r[other]], 1), y[other])[0])
 
-    def answer(self, names, cell_type):
+    def answer(self,
+        names, # perturbations, A
+        cell_type, # the context
+    ):
+        "Effects of each name in one context."
         lines = [cell_type] * len(names)
         centre = self.centre(cell_type)
         guess = (

@@ -259,6 +259,16 @@ def _totals(adata, column, kind):
             f"{adata.obs_names[i]!r}, "
             f"whose genes add up to {summed[i]:g}"
         )
+    if kind == "log1p":
+        tried = AnnData(
+            adata.X, adata.obs.assign(log_total=np.log1p(total)), uns={"biojepa": {"input": kind}}
+        )
+        share, ratio = scale_of(tried)
+        if share > 0.95 and not 0.8 < ratio < 1.25:
+            raise BadCells(
+                f"X was divided by {ratio:.2f} times column {column!r}; give "
+                "another total= or the counts"
+            )
     return total
 
 # %% ../nbs/11_prepare.ipynb #c032

@@ -30,7 +30,7 @@ from .decoders import fit_decoders
 from .model import build
 from .estimator import BioJEPA, _reference
 from .metrics import bootstrap_interval
-from .cell_metrics import gene_set_gap, gene_set_neighbour, partners
+from .embedding_metrics import gene_set_gap, gene_set_neighbour, partners
 
 # %% ../nbs/67_probes.ipynb #c008
 def _some_controls(cells, n):

@@ -15,12 +15,15 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/68_report.ipynb #c004
-from .patching import document
+from .patching import document, patch
 from .cells import CONTROL
 from .featurizers import FeatureTable, as_table
-from .metrics import METRICS
+from .metrics import METRICS, sign
+from .plots import FEW, few_words, literal
+from .card import Card
+from .probes import has_network, untrained
 
-# %% ../nbs/68_report.ipynb #c008
+# %% ../nbs/68_report.ipynb #c009
 def _shuffle(names, seed):
     "name -> another name; nobody keeps its own."
     names, order = sorted(names), np.random.default_rng(seed).permutation(len(names))
@@ -29,7 +32,7 @@ def _shuffle(names, seed):
 def shuffled_labels(
     cells, # prepared cells
     split, # a Split
-    seed: int = 0,
+    seed: int = 0, # of the shuffle
 ): # AnnData, a copy
     """Cells whose training perturbations have changed names among themselves; controls, validation
     and test are left alone."""
@@ -42,7 +45,7 @@ def shuffled_labels(
 
 def shuffled_features(
     features, # whatever `as_table` takes
-    seed: int = 0,
+    seed: int = 0, # of the shuffle
 ) -> FeatureTable:
     "The same features, given to the wrong symbols in every source."
     def mixed(frame):
@@ -53,12 +56,13 @@ def shuffled_features(
         )
     return FeatureTable({name: mixed(frame) for name, frame in as_table(features).sources.items()})
 
+# %% ../nbs/68_report.ipynb #c010
 def refit_controls(
     fit,  # (cells, split, features) -> a fitted predictor
     cells,  # prepared cells
     split,  # a Split, or a list of them
     features=None,  # whatever `as_table` takes; None: no shuffled features
-    seed: int = 0,
+    seed: int = 0, # of the shuffles
 ) -> (
     dict
 ):  # name -> predictor, or a list with one per split; for `scorecard(..., controls={"model": ...})`
@@ -70,13 +74,11 @@ def refit_controls(
     out = {"shuffled labels": fit(shuffled_labels(cells, split, seed), split, features)}
     if features is not None:
         out["shuffled features"] = fit(cells, split, shuffled_features(features, seed))
-    if hasattr(out["shuffled labels"], "model"):                # it takes torch to ask further
-        from biojepa.probes import has_network, untrained
-        if has_network(out["shuffled labels"]):
-            out["untrained"] = untrained(out["shuffled labels"], cells)
+    if has_network(out["shuffled labels"]):
+        out["untrained"] = untrained(out["shuffled labels"], cells)
     return out
 
-# %% ../nbs/68_report.ipynb #c023
+# %% ../nbs/68_report.ipynb #c025
 def _judged(card):
     return [m for m in dict.fromkeys(card.table.model) if m not in card.baselines] or list(
         dict.fromkeys(card.table.model)
@@ -94,23 +96,23 @@ def plot_versus(
     whatever the metric."""
     t = card.versus(model, metric)
     t = t[t.split == (split or _largest(card))]
-    sign = -1 if METRICS[metric].best == "low" else 1
+    turn = sign(METRICS[metric])
     y = np.arange(len(t))
     ax = plt.subplots(figsize=(5, .28 * len(t) + .9), layout="constrained")[1]
     ax.axvline(0, color="0.6", lw=1)
-    ax.hlines(y, sign * t.low, sign * t.high, color="#1b6ca8", alpha=.45, lw=3)
-    ax.plot(sign * t.difference, y, "o", color="#1b6ca8", ms=5)
-    ax.set_yticks(y, t.other)
+    ax.hlines(y, turn * t.low, turn * t.high, color="#1b6ca8", alpha=.45, lw=3)
+    ax.plot(turn * t.difference, y, "o", color="#1b6ca8", ms=5)
+    ax.set_yticks(y, map(literal, t.other))
     ax.invert_yaxis()
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.set_title(f"{metric}: {model} better by", fontsize=9)
+    ax.set_title(literal(f"{metric}: {model} better by"), fontsize=9)
     return ax
 
-# %% ../nbs/68_report.ipynb #c025
+# %% ../nbs/68_report.ipynb #c027
 def examples(
     card, # a Card
-    model: str,
-    metric: str = "pearson_pert",
+    model: str, # whose predictions
+    metric: str = "pearson_pert", # that sorts them
     split: str | None = None, # default: the one with the most perturbations
 ) -> dict: # 'best', 'median', 'worst' -> row of `card.effects[model]`
     "The perturbations that a model answers best, middling and worst."
@@ -127,8 +129,12 @@ def examples(
         for k, i in dict(best=0, median=len(s) // 2, worst=-1).items()
     }
 
-# matplotlib Figure
-def plot_examples(card, model: str, metric: str = "pearson_pert", split: str | None = None):
+def plot_examples(
+    card, # a Card
+    model: str, # whose predictions
+    metric: str = "pearson_pert", # that sorts them
+    split: str | None = None, # default: the one with the most perturbations
+): # matplotlib Figure
     "Predicted against observed change of every gene, for the perturbations of `examples`."
     figure, axes = plt.subplots(1, 3, figsize=(7.5, 2.5), layout="constrained")
     for ax, (which, (row, value)) in zip(axes, examples(card, model, metric, split).items()):
@@ -136,15 +142,18 @@ def plot_examples(card, model: str, metric: str = "pearson_pert", split: str | N
         ends = np.array([min(x.min(), y.min()), max(x.max(), y.max())])
         ax.plot(ends, ends, color="0.8", lw=1)
         ax.plot(x, y, ".", ms=3, color="#1b6ca8", alpha=.6)
-        ax.set_title(f"{which}: {row[0]} ({value:.2f})", fontsize=9)
+        ax.set_title(literal(f"{which}: {row[0]} ({value:.2f})"), fontsize=9)
         ax.set_xlabel("observed change", fontsize=8)
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("predicted change", fontsize=8)
     return figure
 
-# %% ../nbs/68_report.ipynb #c027
-def calibration(card, split: str | None = None) -> pd.DataFrame: # models x LEVELS, shares inside
+# %% ../nbs/68_report.ipynb #c029
+def calibration(
+    card, # a Card
+    split: str | None = None, # default: the one with the most perturbations
+) -> pd.DataFrame: # models x LEVELS, shares inside
     """What share of the observed changes lies within the intervals; only models that give standard
     deviations."""
     s = card.per_perturbation[
@@ -158,21 +167,25 @@ def calibration(card, split: str | None = None) -> pd.DataFrame: # models x LEVE
         .unstack()
     )
 
-def plot_calibration(card, split: str | None = None): # matplotlib Axes
+def plot_calibration(
+    card, # a Card
+    split: str | None = None, # default: the one with the most perturbations
+): # matplotlib Axes
     "Share inside against the level of the interval. Under the diagonal: too sure of itself."
     ax = plt.subplots(figsize=(3, 2.6), layout="constrained")[1]
     ax.plot([0, 100], [0, 1], color="0.7", lw=1)
     for model, row in calibration(card, split).iterrows():
-        ax.plot(row.index, row, "o-", ms=4, label=model)
+        ax.plot(row.index, row, "o-", ms=4, label=literal(model))
     ax.set_xlabel("interval, %", fontsize=8)
     ax.set_ylabel("share inside", fontsize=8)
     ax.legend(frameon=False, fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/68_report.ipynb #c034
+# %% ../nbs/68_report.ipynb #c036
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-size:12px;margin:1em 0;display:block;overflow-x:auto}td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #eee}
+table{border-collapse:collapse;font-size:12px;margin:1em 0;display:block;overflow-x:auto}
+td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #eee}
 th{text-align:left}img{max-width:100%}.grey{color:#aaa}.note{color:#666;font-size:13px}"""
 
 def _picture(figure, words):
@@ -208,56 +221,61 @@ def _table(frame, grey=()):
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
-# %% ../nbs/68_report.ipynb #c035
-def headline(card, model, metric="pearson_pert", split=None) -> str:
+# %% ../nbs/68_report.ipynb #c037
+def _against(card, model, metric, split, row):
+    "How a model compares with the best baseline; nothing where there is none."
+    if row.baseline in ("none", model): return ""
+    d = card.versus(model, metric).query("split == @split and other == @row.baseline").iloc[0]
+    how = "better than" if d.low > 0 else "worse than" if d.high < 0 else "not told apart from"
+    interval = f"({d.difference:+.3f}, {d.low:+.3f} to {d.high:+.3f})"
+    return f"; {how} the best baseline, {row.baseline} {interval}"
+
+def headline(
+    card, # a Card
+    model: str, # of the card
+    metric: str = "pearson_pert", # of the card
+    split: str | None = None, # default: the one with the most perturbations
+) -> str:
     "One sentence about a model: against the best baseline, the ceiling, and its negative controls."
     split = split or _largest(card)
     row = card.table.query("split == @split and metric == @metric and model == @model").iloc[0]
+    if row.n < FEW: return f"{model}: {few_words(split, row.n)}."
     out = (
-        f"{model}: {metric} {row.value:.3f} on {split}, {row.n} perturbations "
-        f"(floor {row.floor:.3f}, ceiling {row.ceiling:.3f})"
+        f"{model}: {metric} {row.value:.3f} on {split}, {row.n} perturbations (floor "
+        f"{row.floor:.3f}, split half {row.split_half:.3f}, ceiling {row.ceiling:.3f} by "
+        f"{row.ceiling_by})"
     )
-    if row.baseline != "none" and row.baseline != model:
-        d = card.versus(model, metric).query("split == @split and other == @row.baseline").iloc[0]
-        says = "better than" if d.low > 0 else "worse than" if d.high < 0 else "not told apart from"
-        out += (
-            f"; {says} the best baseline, {row.baseline} ({d.difference:+.3f}, "
-            f"{d.low:+.3f} to {d.high:+.3f})"
-        )
-    used = card.uses_action(metric).query("split == @split and model == @model").falls
-    out += (
-        "; it does not use the action"
-        if (used == "no").any()
-        else "; it uses the action"
-        if (used == "yes").any()
-        else ""
-    )
+    out += _against(card, model, metric, split, row)
+    used = set(card.uses_action(metric).query("split == @split and model == @model").falls)
+    if "no" in used: out += "; it does not use the action"
+    elif "yes" in used: out += "; it uses the action"
+    if row.suspicious == "yes": out += "; suspicious, since it is above the ceiling"
     return out + (". This metric cannot tell good from bad here." if row.tells == "no" else ".")
 
+# %% ../nbs/68_report.ipynb #c039
 def metric_tables(
     card, # a Card
     split: str | None = None, # default: the one with the most perturbations
-) -> tuple[str, str]: # two tables as HTML
+) -> tuple: # two tables as HTML
     "Models against metrics, those that cannot tell in grey; and the columns that flatter."
     split = split or _largest(card)
     t = card.table[card.table.split == split]
-    wide = t.pivot(index="metric", columns="model", values="value").reindex(
-        dict.fromkeys(t.metric)
-    )[list(dict.fromkeys(t.model))]
-    wide = wide.join(
-        t.groupby("metric")[
-            ["floor", "baseline", "bar", "ceiling", "duplicate", "range", "discrimination", "tells"]
-        ].first()
-    )
-    flatter = [
-        m
-        for m in wide.index
-        if METRICS[m.removesuffix("_mean").removesuffix("_median")].seed_column
+    wide = t.pivot(index="metric", columns="model", values="value")
+    wide = wide.reindex(dict.fromkeys(t.metric))[list(dict.fromkeys(t.model))]
+    ends = [
+        "floor", "baseline", "bar", "split_half", "ceiling", "ceiling_by", "duplicate", "range",
+        "discrimination", "tells",
     ]
+    wide = wide.join(t.groupby("metric")[ends].first())
+    wide["suspicious"] = [
+        ", ".join(t.model[(t.metric == m) & (t.suspicious == "yes")]) for m in wide.index
+    ]
+    def plain(m): return m.removesuffix("_mean").removesuffix("_median")
+    flatter = [m for m in wide.index if METRICS[plain(m)].seed_column]
     grey = [m for m in wide.index if wide.tells[m] != "yes"]
     return _table(wide.drop(flatter), grey), _table(wide.loc[flatter], flatter)
 
-# %% ../nbs/68_report.ipynb #c036
+# %% ../nbs/68_report.ipynb #c040
 WARNING = (
     "These columns compare cells, or expression and not change. no_change, which "
     "knows nothing of the perturbation, scores nearly what the truth would: read "
@@ -265,92 +283,81 @@ WARNING = (
 )
 
 PROBED = (
-    "Pathways: cosine with members of the same pathway minus the rest, and is the "
+    "Gene sets: cosine with members of the same gene set minus the rest, and is the "
     "nearest neighbour one of them. Essentiality: a linear probe (AUROC, or "
     "Spearman for numbers). Batch leakage: balanced accuracy, best at its floor. "
     "Actions are held-out targets. floor = shuffled labels."
 )
 
-def _parts(card):
-    "Headings and contents of the page."
-    shown = [m for m in ("pearson_delta", "pearson_pert", "rank") if m in set(card.table.metric)]
-    split = _largest(card)
+# %% ../nbs/68_report.ipynb #c041
+def _on_models(card, shown):
+    "Headings and contents about the models that are not baselines."
     models = _judged(card)
-    if "pearson_pert" in shown:
-        yield "In one sentence", "".join(f"<p>{html.escape(headline(card, m))}</p>" for m in models)
+    notes = "".join(f"<p class=note>{html.escape(x)}</p>" for x in card.notes())
+    pert = "pearson_pert" in shown
+    if pert:
+        lines = "".join(f"<p>{html.escape(headline(card, m))}</p>" for m in models)
+        yield "In one sentence", lines + notes
+    elif notes: yield "What to know first", notes
     if shown: yield "Scores between floor and ceiling", _picture(card.plot(shown), "scores")
-    for m in models if "pearson_pert" in shown else ():
+    if card.table.n.max() < FEW: return
+    for m in models if pert else ():
         if set(card.table.model) != {m}:
-            yield (
-                f"{m} against the others, pair by pair",
-                _picture(plot_versus(card, m), "paired differences"),
-            )
-        yield (
-            f"{m}: best, median and worst prediction",
-            _picture(plot_examples(card, m), "predicted against observed"),
-        )
+            picture = _picture(plot_versus(card, m), "paired differences")
+            yield f"{m} against the others, pair by pair", picture
+        if m in card.effects:
+            picture = _picture(plot_examples(card, m), "predicted against observed")
+            yield f"{m}: best, median and worst prediction", picture
     if len(calibration(card)):
-        yield (
-            "Do the intervals keep their promise?",
-            _picture(plot_calibration(card), "calibration"),
-        )
-    if "pearson_pert" in shown:
-        yield (
-            "Negative controls",
-            (
-                "<p class=note>falls = the score falls when the action is swapped, taken "
-                "away or mixed up. A model with a 'no' is not using the action.</p>"
-            )
-            + _table(card.uses_action().set_index("model")),
-        )
-    if card.probes is not None:
-        yield (
-            "What the embeddings hold",
-            f"<p class=note>{PROBED}</p>" + _table(card.probes.set_index("embedding")),
-        )
-    if len(card.winners()):
-        yield (
-            "Who is first, and by how much",
-            (
-                "<p class=note>difference = to the second that says something else; better "
-                "is positive. clear = its 95 % interval lies above zero.</p>"
-            )
-            + _table(card.winners(), [m for m, t in card.winners().tells.items() if t != "yes"]),
-        )
-    for s in dict.fromkeys(card.table.split):
-        tells, flatter = metric_tables(card, s)
-        yield (
-            f"All metrics: {s}",
-            (
-                "<p class=note>Grey: on these cells, this metric cannot tell the same "
-                "cells from the mean, or has no ceiling to try it with.</p>"
-            )
-            + tells
-            + f"<p class=note>{WARNING}</p>"
-            + flatter,
-        )
-    used = [
-        METRICS[m]
-        for m in dict.fromkeys(
-            x.removesuffix("_mean").removesuffix("_median") for x in card.table.metric
-        )
-    ]
-    yield (
-        "Definitions",
-        _table(
-            pd.DataFrame(
-                [dict(best=m.best or "-", unit=m.unit, definition=m.definition) for m in used],
-                [m.name for m in used],
-            )
-        ),
-    )
+        yield "How often is the truth within the intervals?", _picture(plot_calibration(card), "calibration")
 
+# %% ../nbs/68_report.ipynb #c042
+def _on_controls(card, shown):
+    "Negative controls, probes, and who is first."
+    if "pearson_pert" in shown and card.controls is not None and len(card.controls):
+        words = (
+            "<p class=note>falls = the score falls when the action is swapped, taken "
+            "away or mixed up. A model with a 'no' is not using the action.</p>"
+        )
+        yield "Negative controls", words + _table(card.uses_action().set_index("model"))
+    if card.probes is not None:
+        probed = _table(card.probes.set_index("embedding"))
+        yield "What the embeddings hold", f"<p class=note>{PROBED}</p>" + probed
+    first = card.winners()
+    if len(first):
+        words = (
+            "<p class=note>difference = to the second with another value; better "
+            "is positive. clear = its 95 % interval lies above zero.</p>"
+        )
+        yield "Who is first, and by how much", words + _table(first, first.index[first.tells != "yes"])
+
+def _on_metrics(card):
+    "All metrics of all groups that are large enough, and what they mean."
+    sizes = card.table.groupby("split", sort=False).n.max()
+    for s in sizes.index:
+        if sizes[s] < FEW:
+            yield f"All metrics: {s}", f"<p class=note>{html.escape(few_words(s, sizes[s]))}</p>"
+            continue
+        good, flatter = metric_tables(card, s)
+        words = (
+            "<p class=note>Grey: on these cells, this metric cannot tell the same "
+            "cells from the mean, or has no ceiling to try it with.</p>"
+        )
+        yield f"All metrics: {s}", f"{words}{good}<p class=note>{WARNING}</p>{flatter}"
+    names = [x.removesuffix("_mean").removesuffix("_median") for x in card.table.metric]
+    used = [METRICS[m] for m in dict.fromkeys(names)]
+    rows = [dict(best=m.best or "-", unit=m.unit, definition=m.definition) for m in used]
+    yield "Definitions", _table(pd.DataFrame(rows, [m.name for m in used]))
+
+# %% ../nbs/68_report.ipynb #c044
 def write_report(
-    card, # a Card
+    card, # a Card, with baselines or without
     path, # of the html file
 ) -> Path:
     "Write the page: one file, figures inside."
-    body = "".join(f"<h2>{html.escape(h)}</h2>{content}" for h, content in _parts(card))
+    shown = [m for m in ("pearson_delta", "pearson_pert", "rank") if m in set(card.table.metric)]
+    contents = (*_on_models(card, shown), *_on_controls(card, shown), *_on_metrics(card))
+    body = "".join(f"<h2>{html.escape(h)}</h2>{content}" for h, content in contents)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -359,5 +366,12 @@ def write_report(
     )
     return path
 
-# %% ../nbs/68_report.ipynb #c050
+@patch
+def to_html(self: Card,
+    path, # of the html file
+) -> Path:
+    "A page with the tables and figures that one looks at first."
+    return write_report(self, path)
+
+# %% ../nbs/68_report.ipynb #c058
 document(globals())

@@ -34,7 +34,8 @@ from biojepa.external_evaluators import (
     to_cell_eval,
     with_mean,
 )
-from biojepa.metrics import DISTANCES, METRICS, Case, places
+from biojepa.metrics import METRICS, Case
+from biojepa.ranks import DISTANCES, places
 from biojepa.judge import chosen
 from biojepa.answers import answers, held_out, observed_effects
 from biojepa.simulator import simulate

@@ -13,11 +13,14 @@ from biojepa.learned_baselines import BASELINES, RidgeEffects
 from biojepa.cells import parts
 from biojepa.prepare import prepare
 from biojepa.effects import effects
-from biojepa.cell_metrics import partial_spearman, gene_set_neighbour, probe
+from biojepa.cell_metrics import partial_spearman
+from biojepa.embedding_metrics import gene_set_neighbour, probe
 from biojepa.answers import answers, held_out, observed_effects
 from biojepa.judge import CONTROLLED, score_fold, wrong_names
-from biojepa.scorecard import Card, scorecard
-from biojepa.metrics import METRICS, Case, bootstrap_interval, changed, places, spearman
+from biojepa.card import Card
+from biojepa.scorecard import scorecard
+from biojepa.metrics import METRICS, Case, bootstrap_interval, changed, spearman
+from biojepa.ranks import places
 from biojepa.judge import chosen
 from biojepa.plots import plot_effect, plot_scores
 from biojepa.report import headline, refit_controls, shuffled_labels
@@ -635,19 +638,19 @@ def test_cell_types_are_judged_apart_and_perturbations_counted_once():
 
 
 def test_baselines_by_word_and_by_name(screen):
-    from biojepa.scorecard import all_baselines
+    from biojepa.learned_baselines import ALL_BASELINES as all_baselines
     cells, _, fold = screen
     def names(b):
         return set(
             scorecard(
                 cells, fold, {}, baselines=b, metrics=["pearson_delta"], n_boot=20
             ).table.model
-        ) & set(all_baselines())
+        ) & set(all_baselines)
     assert (
         names("simple")
         == {"no_change", "mean", "additive", "ridge"}
         == names(["no_change", "mean", "additive", "ridge"])
     )
-    assert names("all") == set(all_baselines()) and names("linear_response") == {"linear_response"}
+    assert names("all") == set(all_baselines) and names("linear_response") == {"linear_response"}
     with pytest.raises(ValueError, match="'forrest'.*'forest'"):
         scorecard(cells, fold, {}, baselines=["forrest"])
