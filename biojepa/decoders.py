@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['Decoder', 'fit_decoder', 'fit_decoders']
 
-# %% ../nbs/36_decoders.ipynb #c002
+# %% ../nbs/36_decoders.ipynb #c003
 import numpy as np
 import torch
 from anndata import AnnData
 
-# %% ../nbs/36_decoders.ipynb #c003
+# %% ../nbs/36_decoders.ipynb #c004
 from .patching import document
 from .cells import CONTROL, dense
 
-# %% ../nbs/36_decoders.ipynb #c006
+# %% ../nbs/36_decoders.ipynb #c007
+#| code-fold: true
 class Decoder(torch.nn.Module):
     "Expression of gene g from its latent: <w_g, z_g> + b_g."
-    def __init__(self, n_genes: int, width: int):
+    def __init__(self,
+        n_genes: int, # G
+        width: int, # D
+    ):
         super().__init__()
         self.register_buffer("weight", torch.zeros(n_genes, width))
         self.register_buffer("bias", torch.zeros(n_genes))
@@ -25,8 +29,10 @@ class Decoder(torch.nn.Module):
     def forward(self,
         z: torch.Tensor, # latents [B, G, D]
     ) -> torch.Tensor: # expression [B, G]
+        "Expression from latents."
         return (z * self.weight).sum(-1) + self.bias
 
+# %% ../nbs/36_decoders.ipynb #c008
 def fit_decoder(
     z: torch.Tensor, # latents [N, G, D]
     x: torch.Tensor, # expression [N, G]
@@ -39,13 +45,12 @@ def fit_decoder(
     xc = (x - mean_x).double()
     gram = torch.einsum("ngd,nge->gde", zc, zc) + ridge * torch.eye(z.shape[-1], dtype=torch.double)
     out = Decoder(*mean_z.shape)
-    out.weight = torch.linalg.solve(gram, torch.einsum("ngd,ng->gd", zc, xc)[..., None])[
-        ..., 0
-    ].float()
+    covariance = torch.einsum("ngd,ng->gd", zc, xc)
+    out.weight = torch.linalg.solve(gram, covariance[..., None])[..., 0].float()
     out.bias = mean_x - (mean_z * out.weight).sum(-1)
     return out
 
-# %% ../nbs/36_decoders.ipynb #c008
+# %% ../nbs/36_decoders.ipynb #c012
 @torch.no_grad()
 def fit_decoders(
     model, # a WorldModel of preset 'v0_3' or 'v0_2'
@@ -61,16 +66,12 @@ def fit_decoders(
         rows = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(rows))[:n])
         x = torch.tensor(dense(cells.X[rows]))
         total = torch.tensor(cells.obs.log_total.values[rows].astype(np.float32))
-        z = torch.cat(
-            [
-                model.per_gene(
-                    encoder(a.to(device), b.to(device)), teacher=encoder is model.teacher
-                ).cpu()
-                for a, b in zip(x.split(64), total.split(64))
-            ]
-        )
+        def latents(a, b):
+            z = encoder(a.to(device), b.to(device))
+            return model.per_gene(z, teacher=encoder is model.teacher).cpu()
+        z = torch.cat([latents(a, b) for a, b in zip(x.split(64), total.split(64))])
         out.append(fit_decoder(z, x))
     return tuple(out)
 
-# %% ../nbs/36_decoders.ipynb #c012
+# %% ../nbs/36_decoders.ipynb #c017
 document(globals())

@@ -131,7 +131,7 @@ def _load_optimizer(optimizer, tensors):
 
 # %% ../nbs/50_loop.ipynb #c020
 def pick_precision(
-    device: torch.device,
+    device: torch.device, # where the products are made
     # 'float32', 'bfloat16', or 'auto': bfloat16 where the hardware multiplies it
     name: str = "auto",
 ) -> torch.dtype:
@@ -165,7 +165,7 @@ class LoopConfig:
 # %% ../nbs/50_loop.ipynb #c024
 def learning_rate(
     step: int, # the step about to be made, from 0
-    config: LoopConfig,
+    config: LoopConfig, # its steps, rate and warm-up
 ) -> float:
     "Linear warm-up, then half a cosine down to a twentieth of the peak."
     warm = max(1, int(config.warmup * config.steps))
@@ -203,7 +203,7 @@ class Loop:
         self.state = dict(step=0, history=[], best=None, best_step=0, stopped=False)
         self.best_weights = None
 
-# %% ../nbs/50_loop.ipynb #c028
+# %% ../nbs/50_loop.ipynb #c029
 @patch(as_prop=True)
 def best_path(self: Loop): return self.path.with_name(f"{self.path.stem}-best.safetensors")
 
@@ -217,10 +217,10 @@ def resume(self: Loop):
 def _read_weights(path):
     with safe_open(path, framework="pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
 
-# %% ../nbs/50_loop.ipynb #c029
+# %% ../nbs/50_loop.ipynb #c030
 @patch
 def judge(self: Loop):
-    "Validate; remember the weights when they are the best so far; say when to stop."
+    "Validate; keep the weights when they are the best so far; decide when to stop."
     score = float(self.validate())
     state = self.state
     if state["best"] is None or score > state["best"]:
@@ -234,15 +234,15 @@ def judge(self: Loop):
         state["step"] - state["best_step"] >= self.config.patience * self.config.validate_every
     )
 
-# %% ../nbs/50_loop.ipynb #c030
+# %% ../nbs/50_loop.ipynb #c032
 @patch
 @torch.no_grad()
 def look(self: Loop):
-    "Write down what `watch` sees."
+    "Add what `watch` measures to the history."
     self.state["seen"] = {k: float(v) for k, v in self.watch().items()}
     self.state["history"][-1] |= self.state["seen"]
 
-# %% ../nbs/50_loop.ipynb #c031
+# %% ../nbs/50_loop.ipynb #c033
 @patch
 def advance(self: Loop):
     "One step of the optimiser; returns the loss parts as floats."
@@ -268,12 +268,12 @@ def advance(self: Loop):
     self.state["history"].append({"step": i + 1, **parts})
     return parts
 
-# %% ../nbs/50_loop.ipynb #c032
+# %% ../nbs/50_loop.ipynb #c035
 @patch
 def run(
     self: Loop,
     progress: bool = True,  # show a bar with the loss parts and the rate
-) -> pd.DataFrame:  # one row per step: the loss parts, and where they were measured what `watch` sees and the validation score
+) -> pd.DataFrame:  # one row per step: loss parts; at some, what `watch` sees and validation
     """Train to the end, or to where validation stops improving, and leave the best weights in the
     module."""
     self.resume()
@@ -305,5 +305,5 @@ def run(
     if self.best_weights is not None: self.module.load_state_dict(self.best_weights)
     return pd.DataFrame(state["history"])
 
-# %% ../nbs/50_loop.ipynb #c038
+# %% ../nbs/50_loop.ipynb #c041
 document(globals())

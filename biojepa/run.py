@@ -186,7 +186,9 @@ def validation(self: FitRun):
 
 # %% ../nbs/58_run.ipynb #c023
 @patch
-def split_effects(self: FitRun, part):
+def split_effects(self: FitRun,
+    part: str, # 'train', 'val' or 'test'
+): # AnnData, or None
     """Observed effects of a part of the split, or None when it is empty.
 
     Controls are always there to compare with.

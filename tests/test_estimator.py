@@ -912,7 +912,15 @@ def test_a_stranger_after_one_perturbation_has_a_spread(screen):
     assert (out.layers["std"] > 0.5 * np.sqrt(np.mean(seen.X**2))).all()
 
 
-def test_a_model_says_what_it_is(model, screen, tmp_path):
+@pytest.fixture
+def whole_model(screen):
+    "A fit of its own: other tests add modes to the shared one."
+    cells, features, fold = screen
+    return BioJEPA.fit(cells, fold, features=features, seed=0, **TINY)
+
+
+def test_a_model_says_what_it_is(whole_model, screen, tmp_path):
+    model = whole_model
     cells, _, fold = screen
     text = repr(model)
     for word in ("base", "fitted", "48 genes", f"{len(fold.train)} perturbations seen", "share"):
@@ -928,7 +936,8 @@ def rewritten(folder, **change):
     write_model(folder, arrays, facts | change)
 
 
-def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):
+def test_a_damaged_model_is_refused_in_one_sentence(whole_model, tmp_path):
+    model = whole_model
     whole = model.save(tmp_path / "m")
     weights, text = ((whole / n).read_bytes() for n in ("model.safetensors", "model.json"))
     rng = np.random.default_rng(0)
@@ -971,7 +980,8 @@ def test_a_damaged_model_is_refused_in_one_sentence(model, tmp_path):
         refused()
 
 
-def test_a_failed_write_leaves_the_old_model_whole(model, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_model_whole(whole_model, tmp_path, monkeypatch):
+    model = whole_model
     whole = model.save(tmp_path / "m")
     before = {p.name: p.read_bytes() for p in whole.iterdir()}
     def full(*_): raise OSError(28, "No space left on device")

@@ -268,7 +268,7 @@ def test_a_damaged_model_is_one_line_with_its_name(what, damage, work, tmp_path)
 
 def test_what_nobody_foresaw_is_one_line_and_says_how_to_see_more(work, tmp_path, monkeypatch):
     def breaks(*_, **__): raise ZeroDivisionError("division\nby zero")
-    monkeypatch.setattr("biojepa.estimator.BioJEPA.load", breaks)
+    monkeypatch.setattr("biojepa.estimator.BioJEPA.predict", breaks)
     words = ["predict", work / "one/base", work / "cells.h5ad", "G1", "--out", tmp_path / "p.h5ad"]
     code, text = shell(*words)
     assert code == 1 and len(text.strip().splitlines()) == 1
