@@ -232,7 +232,7 @@ def test_doses_beyond_training_saturate():
     def ask(dose, **more):
         return model.predict([Action.parse("DRUG0", "drug", dose=dose)], ["LINE0"], **more)
     top = ask(10.0)
-    for dose in (11.0, 1000.0, 1e9):
+    for dose in (11.0, 100.0, 1000.0):
         for a, b in zip(ask(dose), top): assert np.array_equal(a, b)
     assert np.array_equal(ask(3.0)[0], ask(3.0, extrapolate=True)[0])
     assert np.linalg.norm(ask(1000.0, extrapolate=True)[0]) > 2 * np.linalg.norm(top[0])
