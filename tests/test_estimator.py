@@ -809,7 +809,7 @@ def test_a_run_folder_knows_its_data(screen, tmp_path):
     for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values()):
         assert torch.equal(a, b)
     other = cells.copy()
-    other.X = other.X.copy() * 0.5
+    other.X, other.layers["counts"] = other.X[:, ::-1].copy(), other.layers["counts"][:, ::-1].copy()
     timed = cells.copy()
     timed.obs["time"] = 24.0
     longer = TINY["training"] | dict(steps=9)
@@ -884,7 +884,7 @@ def test_expression_stays_within_what_it_can_be(dosed):
 def test_support_falls_with_the_distance_of_the_context(dosed):
     cells, fold, model = dosed
     other = cells.copy()
-    other.X = other.X[:, ::-1].copy()
+    other.X, other.layers["counts"] = other.X[:, ::-1].copy(), other.layers["counts"][:, ::-1].copy()
     with pytest.warns(UserWarning, match="far from those of training"):
         assert model.predict(other, fold.train[0]).obs.support.iloc[0] < 0.5
     part = cells[np.arange(cells.n_obs) % 2 == 0].copy()

@@ -22,7 +22,7 @@ from biojepa.scorecard import scorecard
 from biojepa.metrics import METRICS, Case, bootstrap_interval, changed, spearman
 from biojepa.ranks import places
 from biojepa.judge import chosen
-from biojepa.plots import plot_effect, plot_scores
+from biojepa.plots import enough, plot_effect, plot_scores
 from biojepa.report import headline, refit_controls, shuffled_labels
 from biojepa.simulator import simulate, simulated_features
 from biojepa.splits import Leak, folds, split
@@ -594,7 +594,7 @@ def test_pictures_draw_the_numbers(card, screen, truth):
     drawn = [
         float(l.get_xdata()[0]) for ax in figure.axes for l in ax.lines if l.get_marker() == "o"
     ]
-    assert np.allclose(sorted(drawn), sorted(card.table.query("metric == 'rank'").value))
+    assert np.allclose(sorted(drawn), sorted(enough(card.table).query("metric == 'rank'").value))
     data = AnnData(
         truth.to_numpy(),
         obs=pd.DataFrame(index=truth.index),
@@ -654,3 +654,81 @@ def test_baselines_by_word_and_by_name(screen):
     assert names("all") == set(all_baselines) and names("linear_response") == {"linear_response"}
     with pytest.raises(ValueError, match="'forrest'.*'forest'"):
         scorecard(cells, fold, {}, baselines=["forrest"])
+
+
+# never silently wrong
+
+def test_other_units_are_refused_and_the_predictor_is_named(screen):
+    cells, _, fold = screen
+    x = cells.X.toarray()
+    counts = np.minimum(cells.layers["counts"].toarray(), 18)
+    gone = x.copy()
+    gone[0, 0] = np.nan
+    cases = {"counts": counts, "log2": x / np.log(2), "million": np.log1p(np.expm1(x) * 100), "gone": gone}
+    for X in cases.values():
+        theirs = AnnData(X, obs=cells.obs[["perturbation"]].copy(), var=cells.var[[]])
+        with pytest.raises(ValueError, match="'theirs'.*(10,000|finite)"):
+            scorecard(cells, fold, {"theirs": theirs}, "none", metrics=["mse"], n_boot=20)
+
+
+def test_controls_on_another_scale_are_refused(screen):
+    cells, _, fold = screen
+    half = AnnData(cells.X * 0.5, obs=cells.obs[["perturbation"]].copy(), var=cells.var[[]])
+    with pytest.raises(ValueError, match="'theirs'"):
+        scorecard(cells, fold, {"theirs": half}, "none", metrics=["mse"], n_boot=20)
+
+
+def test_a_pair_in_either_order_and_a_gene_once(screen, truth):
+    cells, _, fold = screen
+    tested = held_out(cells, fold)
+    rows = observed_effects(tested)
+    turned = truth.set_axis(["+".join(n.split("+")[::-1]) for n in truth.index])
+    assert np.array_equal(answers(turned, tested, rows), answers(truth, tested, rows))
+    gene = truth.columns[0]
+    twice = pd.concat([truth, truth[[gene]]], axis=1)
+    with pytest.raises(ValueError, match=f"'theirs'.*{gene}"):
+        scorecard(cells, fold, {"theirs": twice}, "none", metrics=["mse"], n_boot=20)
+
+
+def test_a_score_above_the_ceiling_is_suspicious(card):
+    t = card.table.set_index(["split", "metric", "model"]).suspicious
+    assert t["unseen_gene", "pearson_pert", "perfect"] == t["unseen_gene", "mse", "perfect"] == "yes"
+    assert t["unseen_gene", "pearson_pert", "mean"] == t["unseen_gene", "mse", "ridge"] == "no"
+    assert "Suspicious: perfect" in repr(card) and "Suspicious: perfect" in card._repr_html_()
+
+
+def test_ceiling_on_real_cells_is_the_corrected_split_half(screen):
+    cells, _, fold = screen
+    real = cells.copy()
+    del real.uns["truth"]
+    t = scorecard(real, fold, {}, ["mean"], metrics=["pearson_pert", "mse", "rank"], n_boot=20).table
+    t = t[t.split == "unseen_gene"].set_index("metric")
+    assert list(t.ceiling_by[["pearson_pert", "mse", "rank"]]) == ["Spearman-Brown", "quarter", "split half"]
+    r = t.split_half["pearson_pert"]
+    assert np.isclose(t.ceiling["pearson_pert"], np.sqrt(2 * r / (1 + r)))
+
+
+def test_small_groups_are_counted_not_scored(card):
+    few = card.per_perturbation.copy()
+    names = sorted(set(few.perturbation[few.split == "unseen_gene"]))
+    few = few[(few.split == "unseen_gene") & few.perturbation.isin(names[:3])]
+    small = Card(few, n_boot=20, controls=card.controls)
+    assert small.wide().isna().all().all() and "3 perturbations, too few" in repr(small)
+    assert not small.plot().axes and "too few" in headline(small, "perfect")
+
+
+def test_names_are_text_everywhere(card, tmp_path):
+    new = {"perfect": "=1+1", "ridge": "<b>$x$</b>"}
+    own, tried = (t.assign(model=t.model.replace(new)) for t in (card.per_perturbation, card.controls))
+    named = Card(own, n_boot=20, controls=tried)
+    named.to_csv(tmp_path / "card.csv")
+    assert "'=1+1" in (tmp_path / "card.csv").read_text()
+    named.plot(["rank"]).canvas.draw()
+    assert "<b>" not in named.to_html(tmp_path / "card.html").read_text()
+
+
+def test_baselines_stay_within_what_expression_can_be(screen):
+    cells, features, fold = screen
+    for kind in BASELINES.values():
+        mean = kind().fit(cells, fold, features).predict(cells, fold.test).layers["mean"]
+        assert mean.min() >= 0 and mean.max() <= np.log(10001) + 1e-6
