@@ -121,25 +121,35 @@ def _sides(t):
     theirs = t["pred", "log2_fold_change"]
     return np.where(np.abs(theirs) > 0, theirs, -t["real", "log2_fold_change"])
 
-# %% ../nbs/80_external_evaluators.ipynb #c021
-SCORES = {   # tool -> its metric -> ours under its definition
+# %% ../nbs/80_external_evaluators.ipynb #c022
+SCORES = {  # tool -> its metric -> ours under its definition
     "cell-eval": {
-        "pearson_delta": _ours("pearson_delta"), "mse_delta": _ours("mse"), "mse": _ours("mse"),
-        "mae_delta": _ours("error"), "mae": _ours("error"),
+        "pearson_delta": _ours("pearson_delta"),
+        "mse_delta": _ours("mse"),
+        "mse": _ours("mse"),
+        "mae_delta": _ours("error"),
+        "mae": _ours("error"),
         **{f"discrimination_score_{d}": _discrimination(d) for d in ("l1", "l2", "cosine")},
         "de_direction_match": _on_their_test("de_direction", _sides),
         "de_spearman_lfc_sig": _on_their_test("de_lfc", lambda t: t["pred", "log2_fold_change"]),
-        "pr_auc": _on_their_test("de_auprc", lambda t: -np.log10(np.clip(t["pred", "fdr"], 1e-10, 1))),
+        "pr_auc": _on_their_test(
+            "de_auprc", lambda t: -np.log10(np.clip(t["pred", "fdr"], 1e-10, 1))
+        ),
         "overlap_at_N": _overlap,
     },
     "scperteval": {
-        "pearson_ctrl": _ours("pearson_delta"), "mse": _ours("mse"), "r2_ctrl": _ours("r2"),
+        "pearson_ctrl": _ours("pearson_delta"),
+        "mse": _ours("mse"),
+        "r2_ctrl": _ours("r2"),
         "pearson_pert": lambda case: METRICS["pearson_pert"].function(leave_one_out(case)),
-        "r2_pert": _r2_pert, "nir": _nir, "transpose_rank": lambda case: 1 - _nir(case), "rank": _row,
+        "r2_pert": _r2_pert,
+        "nir": _nir,
+        "transpose_rank": lambda case: 1 - _nir(case),
+        "rank": _row,
     },
 }
 
-# %% ../nbs/80_external_evaluators.ipynb #c022
+# %% ../nbs/80_external_evaluators.ipynb #c023
 def _read_shared():
     "The list beside this module, with the scores that can be compared."
     text = resources.files("biojepa").joinpath("evaluators.toml").read_text(encoding="utf-8")
@@ -154,7 +164,7 @@ def differences() -> pd.DataFrame: # tool, theirs, ours, how, difference
     columns = ["tool", "theirs", "ours", "how", "difference"]
     return pd.DataFrame([{k: getattr(s, k) for k in columns} for s in SHARED])
 
-# %% ../nbs/80_external_evaluators.ipynb #c025
+# %% ../nbs/80_external_evaluators.ipynb #c026
 TOOLS = {"cell-eval": "cell_eval", "scperteval": "scperteval"} # name -> module
 
 def installed(
@@ -171,7 +181,7 @@ def installed(
     )
     return False
 
-# %% ../nbs/80_external_evaluators.ipynb #c028
+# %% ../nbs/80_external_evaluators.ipynb #c029
 def run_cell_eval(
     files: Files, # of `to_cell_eval`
     *more: str, # further words for the command
@@ -212,7 +222,7 @@ def read_cell_eval(
         "perturbation"
     ), pivot
 
-# %% ../nbs/80_external_evaluators.ipynb #c029
+# %% ../nbs/80_external_evaluators.ipynb #c030
 def run_scperteval(
     files: Files, # of `to_cell_eval`
     protocols, # names of theirs
@@ -235,7 +245,7 @@ def run_scperteval(
             }
         )
 
-# %% ../nbs/80_external_evaluators.ipynb #c030
+# %% ../nbs/80_external_evaluators.ipynb #c031
 def _theirs(files, tools, line):
     "tool -> perturbations x metrics, and their tables."
     out = {}
@@ -247,7 +257,7 @@ def _theirs(files, tools, line):
         )
     return out, tables
 
-# %% ../nbs/80_external_evaluators.ipynb #c031
+# %% ../nbs/80_external_evaluators.ipynb #c033
 def agreement(
     files: Files,  # of `to_cell_eval`; tools that are installed are run on them
     run: bool = True,  # False reads what cell-eval left in the folder before
@@ -289,7 +299,7 @@ def agreement(
     )
     return known.join(table, on=["tool", "theirs"]).fillna({"n": 0}).astype({"n": int})
 
-# %% ../nbs/80_external_evaluators.ipynb #c041
+# %% ../nbs/80_external_evaluators.ipynb #c043
 def read_cells(
     file, # predicted cells of another tool: an AnnData or its h5ad, controls included
     perturbation: str = "target", # its column of obs
@@ -307,5 +317,5 @@ def read_cells(
     if cell_type is not None: obs["cell_type"] = adata.obs[cell_type].astype(str).to_numpy()
     return AnnData(adata.X, obs=obs, var=adata.var[[]])
 
-# %% ../nbs/80_external_evaluators.ipynb #c046
+# %% ../nbs/80_external_evaluators.ipynb #c048
 document(globals())
