@@ -224,6 +224,7 @@ def _resolve_actions(self: BioJEPA, names, mode, dose, time, symbols):
     lack = known.missing.to_dict()
     return actions, ["; ".join(f"{p}: {lack[p]}" for p in parts(n) if lack[p]) for n in names]
 
+# %% ../nbs/58_asked.ipynb #c029
 def _of_parts(what, value, own):
     """A dict of parts by the model's own names of them.
 
@@ -238,5 +239,5 @@ def _of_parts(what, value, own):
         )
     return {own.get(t, t): x for t, x in value.items()}
 
-# %% ../nbs/58_asked.ipynb #c031
+# %% ../nbs/58_asked.ipynb #c032
 document(globals())
