@@ -21,16 +21,17 @@ from .cells import BadCells, CONTROL, MODES, add_mode, check, dense, gene_hash, 
 from .patching import document, patch
 from .effects import control_means
 from .splits import Split, check_split
+from .gene_sets import BadGeneSets, describe_start, read_gene_sets, sets_hash
 from .signatures import is_signature
 from .perturbations import BadAction
 from .featurizers import FeatureTable, MissingFeatures, as_table
 from .symbols import Symbols
 from .predictor import grow_modes, renumber_modes
 from .decoders import Decoder
-from .model import ModelConfig, WorldModel, build, configure
+from .model import ModelConfig, WorldModel, begin_pathways, build, configure
 from .closed_form import ClosedForm
 from .loop import BadModel, pick_device, pick_precision
-from .pretraining import PretrainConfig
+from .pretraining import PretrainConfig, stage_options
 from .training import TrainConfig
 from .saved import below, number, put_weights, read_model, reading, text_apart, write_model
 from .signature_model import SignatureModel
@@ -91,7 +92,7 @@ def _former(former):
 def fit(cls: BioJEPA,
     cells: AnnData, # prepared cells (`prepare`), with controls
     split, # a Split; only its training perturbations train, its validation perturbations choose
-    preset: str = "base", # or 'v0_3', 'v0_2'
+    preset: str = "base", # or 'v0_3', 'v0_2', 'v0_1'
     features=None, # DataFrame, dict of them, file(s) or FeatureTable: one row per target
     seed: int = 0, # of weights, cells, masks
     out=None, # folder for checkpoints and the result; a run that was killed goes on from there
@@ -104,6 +105,7 @@ def fit(cls: BioJEPA,
     pretraining: dict | None = None, # fields of PretrainConfig; {'steps': 0} skips the stage
     training: dict | None = None, # fields of TrainConfig
     closed_form_options: dict | None = None, # arguments of ClosedForm
+    gene_sets=None, # GMT file or dict, name -> genes: what the pathways of v0_2 and v0_1 begin from
     **former, # `floor`, the former name of closed_form
 ): # BioJEPA
     """Both stages and the closed form.
@@ -119,15 +121,19 @@ def fit(cls: BioJEPA,
         closed_form=closed_form if floor is None else floor,
         closed_form_options=closed_form_options or {},
     )
+    sets = None if gene_sets is None else read_gene_sets(gene_sets)
     shared = dict(device=device, progress=progress, training=training)
     if not is_signature(cells):
-        return cls._fit_cells(cells, split, features, out, model, pretraining, **how, **shared)
+        return cls._fit_cells(cells, split, features, out, model, pretraining, sets, **how, **shared)
+    if sets: raise BadGeneSets("signatures have no pathway tokens: leave out gene_sets=")
     own = dict(preset=preset, network=network, **shared)
     return SignatureModel.fit(cells, split, features, seed, out, **own)
 
 # %% ../nbs/59_estimator.ipynb #c015
 @patch(cls_method=True)
-def _fit_cells(cls: BioJEPA, cells, split, features, out, model, pretraining, device, progress, training, **how):
+def _fit_cells(
+    cls: BioJEPA, cells, split, features, out, model, pretraining, sets, device, progress, training, **how
+):
     "`fit` for cells: the closed form first, then the network on what it leaves."
     check(cells)
     check_split(split, cells)
@@ -137,9 +143,16 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, model, pretraining, de
     table = _fit_table(features, split)
     seen = split.cells(cells, "train")
     dims = {} if table is None or preset != "base" else dict(feature_dims=tuple(table.dims.values()))
+    if preset == "v0_1": dims = dict(perturbations=tuple(split.train))
     config = configure(preset, cells.n_vars, **{**SMALL, **dims, **(model or {})})
+    start = None
+    if sets: config, start = begin_pathways(config, sets, cells.var_names)
+    pretraining = stage_options(preset, pretraining)
+    how["gene_sets"] = sets_hash(sets)
     settings = _settings(cells, split, table, config, device, pretraining, training, **how)
     self = cls(build(config, seed), cells.var_names)
+    if sets: self.model.set_pathways(start)
+    if sets and progress: print(describe_start(start, len(sets)))
     self.split = split
     self.table = table
     self.seed = seed
@@ -159,7 +172,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, model, pretraining, de
     if progress: print(f"What answers: {self.what_answers()}")
     return self
 
-# %% ../nbs/59_estimator.ipynb #c019
+# %% ../nbs/59_estimator.ipynb #c022
 @patch
 def _same_genes(self: BioJEPA, cells):
     "Refuse cells whose genes are not the model's, in its order."
@@ -192,7 +205,7 @@ def _names(names):
     if odd: raise BadAction(f"{odd[0]!r} is not a label: names of perturbations are texts")
     return [str(n) for n in names]
 
-# %% ../nbs/59_estimator.ipynb #c022
+# %% ../nbs/59_estimator.ipynb #c025
 TOP = float(np.log1p(1e4))  # the largest log1p of counts per 10,000: all counts on one gene
 
 @patch
@@ -220,7 +233,7 @@ def _rows(self: BioJEPA, cells, names, cell_type, mode, dose, time, symbols):
         )
     return actions * len(types), obs
 
-# %% ../nbs/59_estimator.ipynb #c024
+# %% ../nbs/59_estimator.ipynb #c027
 @patch
 def predict(
     self: BioJEPA,
@@ -256,7 +269,7 @@ def predict(
     out = self._answer(cells, obs, delta, std)
     return self._as_cells(cells, out, cells_out) if cells_out else out
 
-# %% ../nbs/59_estimator.ipynb #c025
+# %% ../nbs/59_estimator.ipynb #c028
 @patch
 def _answer(self: BioJEPA, cells, obs, delta, std):
     "The AnnData of a prediction."
@@ -289,7 +302,7 @@ def _as_cells(self: BioJEPA, cells, rows, n):
         np.concatenate(blocks).astype(np.float32), obs=obs, var=rows.var, uns=dict(rows.uns)
     )
 
-# %% ../nbs/59_estimator.ipynb #c040
+# %% ../nbs/59_estimator.ipynb #c043
 @patch
 def save(self: BioJEPA,
     folder: str | Path, # created when it is not there
@@ -318,7 +331,7 @@ def save(self: BioJEPA,
 
 OWN = ("genes", "modes", "time", "gate", "stretch", "seed", "gene_hash")  # as they are
 
-# %% ../nbs/59_estimator.ipynb #c041
+# %% ../nbs/59_estimator.ipynb #c044
 def _tensors(arrays, prefix): return {k: torch.tensor(v) for k, v in below(arrays, prefix).items()}
 
 def _read_network(arrays, facts):
@@ -335,7 +348,7 @@ def _read_network(arrays, facts):
     put_weights(shapes, weights)
     return put_weights(build(config), weights).eval()
 
-# %% ../nbs/59_estimator.ipynb #c042
+# %% ../nbs/59_estimator.ipynb #c045
 @patch(cls_method=True)
 def load(cls: BioJEPA,
     folder: str | Path, # a folder that `save` or `fit(out=...)` wrote
@@ -374,5 +387,5 @@ def _load_parts(self: BioJEPA, arrays, facts):
         put_weights(Decoder(*shape), _tensors(arrays, f"decoder{i}.")) for i in range(2)
     )
 
-# %% ../nbs/59_estimator.ipynb #c051
+# %% ../nbs/59_estimator.ipynb #c054
 document(globals())

@@ -75,9 +75,7 @@ def embeddings(
     action = _action_embedding(
         net,
         context,
-        encode_actions([model._action(m, None, None) for m in names], model.genes, model.table).to(
-            device
-        ),
+        model.encode_actions([model._action(m, None, None) for m in names]).to(device),
     )
     def frame(v, index): return pd.DataFrame(v.float().cpu().numpy(), index)
     return dict(
@@ -87,6 +85,7 @@ def embeddings(
     )
 
 def _action_embedding(net, context, actions):
+    if net.config.preset == "v0_1": return net.predictor.action(actions.target[:, 0])
     if net.config.preset != "base":
         return net.predictor.adapter(action_vector(actions, net.config.action_dim))
     # [P, A, K, D], [P, A, K]
