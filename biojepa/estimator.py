@@ -48,6 +48,14 @@ def _fit_table(features, split):
     split.check_features(table)
     return table
 
+def _configure(preset, cells, split, table, sets, model):
+    "The configuration of a fit, and the first weights of its pathways or None."
+    own = {}
+    if preset == "base" and table is not None: own = dict(feature_dims=tuple(table.dims.values()))
+    if preset == "v0_1": own = dict(perturbations=tuple(split.train))
+    config = configure(preset, cells.n_vars, **{**SMALL, **own, **(model or {})})
+    return begin_pathways(config, sets, cells.var_names) if sets else (config, None)
+
 def _reference(model, cells):
     "Give `base` the mean and standard deviation of each gene over control cells."
     control = dense(cells[(cells.obs.perturbation == CONTROL).values].X)
@@ -115,9 +123,7 @@ def fit(cls: BioJEPA,
     """
     floor = _former(former)
     how = dict(
-        preset=preset,
-        seed=seed,
-        network=network,
+        **dict(preset=preset, seed=seed, network=network),
         closed_form=closed_form if floor is None else floor,
         closed_form_options=closed_form_options or {},
     )
@@ -142,11 +148,7 @@ def _fit_cells(
     cells = AnnData(cells.X, obs=cells.obs, var=cells.var, uns=cells.uns)
     table = _fit_table(features, split)
     seen = split.cells(cells, "train")
-    dims = {} if table is None or preset != "base" else dict(feature_dims=tuple(table.dims.values()))
-    if preset == "v0_1": dims = dict(perturbations=tuple(split.train))
-    config = configure(preset, cells.n_vars, **{**SMALL, **dims, **(model or {})})
-    start = None
-    if sets: config, start = begin_pathways(config, sets, cells.var_names)
+    config, start = _configure(preset, cells, split, table, sets, model)
     pretraining = stage_options(preset, pretraining)
     how["gene_sets"] = sets_hash(sets)
     settings = _settings(cells, split, table, config, device, pretraining, training, **how)

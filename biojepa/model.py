@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'POOLED', 'ModelConfig', 'configure', 'config_to_json', 'c
 import json
 from dataclasses import asdict, dataclass, fields, replace
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -146,7 +147,7 @@ def count_parameters(module: nn.Module # any module
 # %% ../nbs/37_model.ipynb #c022
 def begin_pathways(config: ModelConfig,  # of preset v0_2 or v0_1
                    sets: dict,           # name -> genes, see `read_gene_sets`
-                   genes                 # names of the measured genes, in order
+                   genes: list           # names of the measured genes, in order
                   ):                     # (ModelConfig, first weights [G, K])
     """One pathway per gene set, at most `config.pathways`, and the first weights.
 
@@ -162,8 +163,8 @@ def begin_pathways(config: ModelConfig,  # of preset v0_2 or v0_1
 
 @patch
 def set_pathways(self: WorldModel,
-                 start     # first weights [G, K]
-                ):         # the model
+                 start: pd.DataFrame  # first weights [G, K]
+                ):                    # the model
     "Student and teacher begin from these weights of genes in pathways."
     for encoder in (self.student, self.teacher.encoder): encoder.set_pathways(start)
     return self
@@ -217,11 +218,12 @@ def forward(self: WorldModel,
         return self.predictor(
             context, self.identity[genes], among(action, genes), latent, generator, genes
         )
-    context = context.expand(len(action), -1, -1)
     if self.config.preset == 'v0_1':
-        mean = self.predictor(context, action.target[:, 0])
+        number = action.target[:, 0]
+        mean = self.predictor(context.expand(len(number), -1, -1), number)
         return Change(mean - context, torch.zeros_like(mean), None)
-    mean, log_variance = self.predictor(context, action_vector(action, self.config.action_dim))
+    vector = action_vector(action, self.config.action_dim)
+    mean, log_variance = self.predictor(context.expand(len(vector), -1, -1), vector)
     return Change(mean - context, log_variance, None)
 
 # %% ../nbs/37_model.ipynb #c045

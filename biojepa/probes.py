@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 # %% ../nbs/67_probes.ipynb #c004
 from .patching import document
 from .cells import CONTROL, dense, part_modes, parts
-from .featurizers import as_table, encode_actions
+from .featurizers import as_table
 from .predictor import action_vector
 from .decoders import fit_decoders
 from .model import build

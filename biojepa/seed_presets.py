@@ -6,6 +6,7 @@
 __all__ = ['rotate', 'RotaryAttention', 'RotaryBlock', 'EncoderV02', 'modulate', 'AdaBlock', 'PredictorV02']
 
 # %% ../nbs/35_seed_presets.ipynb #c005
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,13 +111,13 @@ class EncoderV02(nn.Module):
 # %% ../nbs/35_seed_presets.ipynb #c028
 @patch
 def set_pathways(self: EncoderV02,
-                 start  # first weights [G, K], see `pathway_matrix`
-                ):      # the encoder
+                 start: pd.DataFrame  # first weights [G, K], see `pathway_matrix`
+                ):                    # the encoder
     """Begin from these weights of genes in pathways.
 
     Raises ValueError for a matrix of another shape.
     """
-    start = torch.tensor(getattr(start, 'to_numpy', lambda: start)(), dtype=torch.float32)
+    start = torch.tensor(start.to_numpy(), dtype=torch.float32)
     if start.shape != self.pathways.shape:
         raise ValueError(
             f'first weights of shape {tuple(start.shape)}, the encoder has {tuple(self.pathways.shape)}'
