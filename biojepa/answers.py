@@ -68,8 +68,9 @@ def unfit(
         if X.min() < LEAST: return f"X goes down to {X.min():.3g}: it was scaled or centred"
         X = np.maximum(X, 0)
         over = np.expm1(X).sum(1, dtype=np.float64, keepdims=True) / 1e4
-        # a predicted mean may add up to a little more than there is
-        X = np.where((over > 1) & (over < 2), np.log1p(np.expm1(X) / over), X)
+        # single predicted cells may add up to more than there is, the usual one may not
+        usual = np.median(over) < 1.2
+        X = np.where((over > 1) & usual, np.log1p(np.expm1(X) / over), X)
     return problem(X, list(out.var_names), list(out.obs_names))
 
 # %% ../nbs/60_answers.ipynb #c019

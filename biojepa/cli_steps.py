@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'SEED', 'PROGRESS', 'DEVICE', 'GO', 'PROTEINS', 'SMILES', 'SEQUENCES', 'ESM2', 'ALIASES', 'FITTED', 'KIND',
-           'CONTEXT', 'STEPS', 'PRETRAINING', 'size_of', 'prepare', 'sources_of', 'targets_of', 'write_source',
-           'make_features', 'fit', 'load_model', 'predict', 'largest_changes', 'model_names', 'score']
+           'CONTEXT', 'STEPS', 'PRETRAINING', 'size_of', 'prepare_command', 'sources_of', 'targets_of', 'write_source',
+           'make_features', 'fit_command', 'load_model', 'predict_command', 'largest_changes', 'model_names',
+           'score_command']
 
 # %% ../nbs/83_cli_steps.ipynb #c003
 import json, warnings
@@ -39,9 +40,9 @@ def size_of(
     return f"{cells.n_obs} cells x {cells.n_vars} genes, {n} perturbations"
 
 # %% ../nbs/83_cli_steps.ipynb #c008
-@app.command()
+@app.command("prepare")
 @takes_screen
-def prepare(
+def prepare_command(
     data: Path = typer.Argument(
         ..., help="Raw screen: h5ad (also gzipped), h5mu, 10x, loom or zarr."
     ),
@@ -237,8 +238,8 @@ def _one_or_list(values):
     return None if not values else values[0] if len(values) == 1 else list(values)
 
 # %% ../nbs/83_cli_steps.ipynb #c025
-@app.command()
-def fit(
+@app.command("fit")
+def fit_command(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad."),
     out: Path = typer.Option(..., help="Folder for the model; a killed run goes on."),
     kind: str = KIND,
@@ -278,8 +279,8 @@ def load_model(
     with naming(folder): return BioJEPA.load(folder)
 
 # %% ../nbs/83_cli_steps.ipynb #c029
-@app.command()
-def predict(
+@app.command("predict")
+def predict_command(
     model: Path = typer.Argument(..., help="Folder that `fit` wrote."),
     cells: Path = typer.Argument(..., help="Prepared cells with controls, h5ad."),
     names: List[str] = typer.Argument(..., help="Perturbations, such as KLF1 or KLF1+MAPK1."),
@@ -351,8 +352,8 @@ def model_names(
     return out
 
 # %% ../nbs/83_cli_steps.ipynb #c035
-@app.command()
-def score(
+@app.command("score")
+def score_command(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad."),
     models: List[Path] = typer.Argument(..., help="Folders that `fit` wrote, all on one split."),
     features: Optional[List[Path]] = FEATURES,

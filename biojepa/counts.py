@@ -122,6 +122,13 @@ def _check_values(adata, kind, elsewhere=""):
     if bad: raise BadCells(f"X holds {bad}, more molecules than a cell has; take the raw counts")
     bad = _first(adata, _fraction)
     if bad: raise BadCells(f"X holds {bad}; {_not_whole(adata.X)}{elsewhere}")
+    only = np.unique(adata.X.data if sparse.issparse(adata.X) else adata.X)
+    only = only[only > 0]
+    if len(only) == 1 and only[0] > 1:
+        raise BadCells(
+            f"X holds no number but 0 and {only[0]:g}: counts vary, so it was "
+            f"clipped; take the raw counts{elsewhere}"
+        )
 
 def _fraction(v):
     "Is a value no whole number, beyond the noise of a conversion?"

@@ -261,7 +261,8 @@ def write_page(
 <h1>biojepa: scores on perturbations that training never saw</h1>
 <p>{words["what"]}. <b>{words["answers"]}.</b></p>
 <p>Higher is better but for mse. <b>Floor</b>: predictions given to the wrong perturbation (for mse: no
-change). <b>Ceiling</b>: what the noise of the observed effects allows, from halves of the cells.</p>
+change). <b>Ceiling</b>: what a perfect predictor reaches, from the noise-free truth of simulated cells,
+from halves of real ones.</p>
 {picture}{card.wide().to_html()}
 <h2>The strongest held-out effect of each kind, by base</h2>{examples}
 <h2>Columns that flatter</h2><p>They compare expression, not change: read each beside
@@ -295,7 +296,7 @@ def write_results(
         cores=os.cpu_count(),
         versions={p: version(p) for p in packages},
     )
-    scores = card.table.iloc[:, :9]
+    scores = card.table[[*card.table.columns[:9], "split_half"]]
     steps = {
         "scores.csv": lambda p: scores.to_csv(p, index=False, float_format="%.6g"),
         "card.csv": card.to_csv,

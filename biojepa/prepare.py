@@ -92,7 +92,8 @@ def _with_control(names, labels, column, controls):
 def _all_drugs(adata, mode):
     "Are all cells treated with molecules?"
     mode = "mode" if mode is None and "mode" in adata.obs else mode
-    modes = adata.obs[mode].astype(str).unique() if mode in adata.obs else [str(mode)]
+    if isinstance(mode, str) and mode in adata.obs: modes = adata.obs[mode].astype(str).unique()
+    else: modes = [str(mode)]
     return set(modes) - {CONTROL, "nan"} <= {"drug", "cytokine"}
 
 def _read_names(adata, column, controls, sep, mode, parse):

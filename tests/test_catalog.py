@@ -1087,7 +1087,7 @@ def test_the_tutorial_writes_the_published_columns(publisher, tmp_path):
             encoding="utf-8"
         )
     )
-    code = next(s for c in page["cells"] if "def published(" in (s := "".join(c["source"])))
+    code = "\n".join(s for c in page["cells"] if "def published" in (s := "".join(c["source"])))
     names = dict(pd=pd, AnnData=AnnData)
     exec(code, names)
     raw = simulate(

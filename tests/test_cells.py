@@ -402,3 +402,11 @@ def test_a_library_smaller_than_its_genes_is_refused_for_counts_only():
     logged.X = prepare(cells, n_genes=30)[cells.obs_names, cells.var_names].X
     # logged values do not add up to a library
     assert prepare(logged, n_genes=30, kind="log1p", total="library").n_obs == cells.n_obs
+
+
+def test_values_clipped_to_one_whole_number_are_no_counts():
+    "Whole by accident: every value above 0 is the bound."
+    cells = simulate(n_genes=20, n_perturbations=4, cells_per_perturbation=6, seed=0)
+    cells.X = cells.X.copy()
+    cells.X.data[:] = 2.0
+    with pytest.raises(BadCells, match="clipped"): prepare(cells)

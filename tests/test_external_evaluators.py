@@ -21,19 +21,8 @@ from biojepa.baselines import Mean
 from biojepa.cells import BadCells, dense
 from biojepa.prepare import prepare
 from biojepa.judge import score_fold
-from biojepa.external_evaluators import (
-    SHARED,
-    Files,
-    agreement,
-    case_of,
-    differences,
-    one_batch,
-    read_cell_eval,
-    read_cells,
-    run_cell_eval,
-    to_cell_eval,
-    with_mean,
-)
+from biojepa.evaluator_files import Files, to_cell_eval, with_mean
+from biojepa.external_evaluators import SHARED, agreement, case_of, differences, one_batch, read_cell_eval, read_cells, run_cell_eval
 from biojepa.metrics import METRICS, Case
 from biojepa.ranks import DISTANCES, places
 from biojepa.judge import chosen

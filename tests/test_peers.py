@@ -278,7 +278,7 @@ def test_stored_results():
     assert list(rows.columns) == list(run.COLUMNS) and set(rows.dataset) == {"sim", "norman"}
     for name, own in rows.groupby("dataset"):
         for group, each in own.groupby("split"):
-            assert {"floor", "ceiling", *run.BASELINES} <= set(each.peer), (name, group)
+            assert {"floor", "split_half", *run.BASELINES} <= set(each.peer), (name, group)
         assert own[(own.kind == "peer") & own.pearson_delta.notna()].peer.nunique() >= 3, name
     peers = rows[rows.kind.isin(("peer", "ours"))]
     assert (

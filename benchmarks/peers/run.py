@@ -164,7 +164,7 @@ def answer_of(folder, cells, split):
 
 
 def rows_of(name, cells, splits, features, home):
-    "The rows of one dataset: floor, ceiling, baselines, and every peer that has run on all splits."
+    "The rows of one dataset: its scale, baselines, and every peer that has run on all splits."
     import pandas as pd
     from biojepa.scorecard import scorecard
     from biojepa.featurizers import as_table
@@ -197,7 +197,7 @@ def rows_of(name, cells, splits, features, home):
 def _group_rows(name, group, table, told, whole, splits):
     n_test = int(table[table.metric == "mse"].n.max())
     own = [i for i, s in enumerate(splits) if group in {s.groups[n] for n in s.test}]
-    ends = table.groupby("metric")[["floor", "ceiling"]].first()
+    ends = table.groupby("metric")[list(END_NOTES)].first()
     for end in ends:
         yield dict(
             dataset=name,
@@ -249,7 +249,8 @@ def _group_rows(name, group, table, told, whole, splits):
 
 END_NOTES = {
     "floor": "no skill: no change, or the answer for another perturbation",
-    "ceiling": "what one half of the cells says of the other",
+    "split_half": "one half of the cells as the prediction of the other",
+    "ceiling": "what a perfect predictor reaches on effects with this noise",
 }
 
 
