@@ -335,7 +335,7 @@ def _made_of(
     out = {}
     for name, many in fitted.items():
         first = [p[0] if isinstance(p, tuple) else p for p in many]
-        models = [getattr(p, "predictor", p) for p in first]
+        models = [p.predictor if isinstance(p, Answers) else p for p in first]
         words = [m.what_answers() for m in models if hasattr(m, "what_answers")]
         if words: out[name] = "; in another fold, ".join(dict.fromkeys(words))
     return out
