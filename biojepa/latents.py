@@ -42,8 +42,7 @@ def _same_genes(self: BioJEPA, cells):
 @patch(as_prop=True)
 def has_network(self: BioJEPA) -> bool:
     "Is there a network to ask? Not where the closed form was fitted alone."
-    trained = any(len(h) for h in self.history.values())
-    return bool(self.gate or trained or self.decoders)
+    return bool(self.gate or self.decoders or any(len(h) for h in self.history.values()))
 
 @patch
 def steps_taken(self: BioJEPA) -> str:
