@@ -94,7 +94,7 @@ LIKE_CONTROL = re.compile(
 def _joint(pieces):
     "Do all pieces look like targets?"
     ends = "_-.|:;,/&\x01"
-    return all(re.search(r"[^\W_]", p) and p[0] not in ends and p[-1] not in ends for p in pieces)
+    return all(re.search(r"[^\W_]", _covered(p)) and p[0] not in ends and p[-1] not in ends for p in pieces)
 
 def whole_name(
     label: str, # '(+)-JQ1'

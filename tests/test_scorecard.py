@@ -15,9 +15,9 @@ from biojepa.prepare import prepare
 from biojepa.effects import effects
 from biojepa.cell_metrics import partial_spearman
 from biojepa.embedding_metrics import gene_set_neighbour, probe
-from biojepa.answers import answers, held_out, observed_effects
-from biojepa.judge import CONTROLLED, score_fold, wrong_names
-from biojepa.card import Card
+from biojepa.answers import Answers, answers, held_out, observed_effects
+from biojepa.judge import CONTROLLED, _pairs_of, score_fold, wrong_names
+from biojepa.card import Card, _made_of
 from biojepa.scorecard import scorecard
 from biojepa.metrics import METRICS, Case, bootstrap_interval, changed, spearman
 from biojepa.ranks import places
@@ -732,3 +732,23 @@ def test_baselines_stay_within_what_expression_can_be(screen):
     for kind in BASELINES.values():
         mean = kind().fit(cells, fold, features).predict(cells, fold.test).layers["mean"]
         assert mean.min() >= 0 and mean.max() <= np.log(10001) + 1e-6
+
+
+def test_single_cell_pairs_have_controls_of_their_time():
+    "Where controls drift with time, a treated cell is paired with a control of its own time."
+    cells = prepare(simulate(n_genes=30, n_perturbations=4, cells_per_perturbation=20, seed=0), n_genes=30)
+    late = np.arange(cells.n_obs) % 2 == 1
+    cells.obs["time"] = np.where(late, 48.0, 24.0)
+    cells.X = np.tile(np.where(late, 2.0, 1.0)[:, None], (1, cells.n_vars)).astype(np.float32)
+    first = cells.obs[cells.obs.perturbation != "control"].iloc[0]
+    control, treated = _pairs_of(cells, [(first.perturbation, first.cell_type, first.dose)])
+    assert np.array_equal(control[0], treated[0]) and len(np.unique(treated[0])) == 2
+
+
+def test_card_gives_the_share_of_the_network_in_words():
+    class Model:
+        def predict(self, cells, names, **setting): raise NotImplementedError
+        def what_answers(self): return "the closed form alone; the network's share is 0.00"
+
+    opened = Answers(Model())
+    assert _made_of({"base": [opened, (opened, opened)], "function": [len]}) == {"base": Model().what_answers()}
