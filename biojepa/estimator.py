@@ -36,6 +36,7 @@ from .training import TrainConfig
 from .saved import below, number, put_weights, read_model, reading, text_apart, write_model
 from .signature_model import SignatureModel
 from .fitted import BioJEPA
+from . import latents # gives BioJEPA `encode`
 from .asked import OutsideTraining, targets_of
 from .run import FitRun, cells_hash, features_hash
 
@@ -175,27 +176,6 @@ def _fit_cells(
     return self
 
 # %% ../nbs/59_estimator.ipynb #c022
-@patch
-def _same_genes(self: BioJEPA, cells):
-    "Refuse cells whose genes are not the model's, in its order."
-    mine = self.genes
-    theirs = list(cells.var_names)
-    if mine == theirs: return
-    missing = [g for g in mine if g not in set(theirs)]
-    extra = [g for g in theirs if g not in set(mine)]
-    what = (
-        f"{len(missing)} genes are missing ({', '.join(missing[:3])})"
-        if missing
-        else f"{len(extra)} genes are new ({', '.join(extra[:3])})"
-        if extra
-        else "the order differs"
-    )
-    raise BadCells(
-        f"these cells were prepared differently from the model's: {what}. Use the "
-        "cells of the fit, or cells[:, model.genes] of an AnnData that holds them "
-        "all"
-    )
-
 def _names(names):
     "A list of labels. Raises BadAction for none, and for what is no text."
     if isinstance(names, str): return [names]
@@ -305,6 +285,10 @@ def _as_cells(self: BioJEPA, cells, rows, n):
     )
 
 # %% ../nbs/59_estimator.ipynb #c043
+def _without_nan(history):
+    "A history as JSON can hold it: column -> list, None where nothing was measured."
+    return history.astype(object).where(history.notna(), None).to_dict("list")
+
 @patch
 def save(self: BioJEPA,
     folder: str | Path, # created when it is not there
@@ -317,6 +301,7 @@ def save(self: BioJEPA,
         mode_names=list(MODES),
         split=self.split.to_dict() if self.split else None,
         trained=[[None if v != v else v for v in part] for part in self.trained],
+        history={k: _without_nan(h) for k, h in self.history.items()},
         **{k: getattr(self, k) for k in OWN},
     )
     arrays = {f"weights.{k}": v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
@@ -367,6 +352,7 @@ def load(cls: BioJEPA,
         if self.time is not None: self.time = number(facts, "time", 0, 1e6)
         self.trained = [tuple(float("nan") if v is None else v for v in p) for p in facts["trained"]]
         self.controls = below(arrays, "controls.")
+        self.history = {k: pd.DataFrame(h) for k, h in facts.get("history", {}).items()}
         if facts["split"]: self.split = Split.from_dict(facts["split"])
         self._load_parts(arrays, facts)
     self.origin = "loaded"
