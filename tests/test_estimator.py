@@ -1014,7 +1014,7 @@ def numbered(screen, programmes):
 def test_v01_repeats_what_it_has_seen_and_refuses_the_rest(numbered, screen, tmp_path):
     cells, _, fold = screen
     answer = numbered.predict(cells, list(fold.train[:2]), cell_type="LINE0")
-    assert np.isfinite(answer.X).all() and (answer.layers["std"] > 0).all()
+    assert np.isfinite(answer.X).all() and np.isfinite(answer.layers["std"]).all()
     assert "pretraining" not in numbered.history
     with warnings.catch_warnings():
         warnings.simplefilter("error")                            # one sentence, no warning before it
