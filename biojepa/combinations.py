@@ -9,6 +9,7 @@ __all__ = ['MORE', 'LESS', 'LEAD', 'ALIKE', 'interaction_of', 'Calibration', 'ca
 # %% ../nbs/72_combinations.ipynb #c003
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +21,7 @@ from scipy.stats import false_discovery_control, norm
 from .patching import document, patch
 from .cells import join_parts, parts
 from .effects import effects
+from .planning import write_page
 
 # %% ../nbs/72_combinations.ipynb #c008
 def interaction_of(
@@ -125,7 +127,7 @@ def kind_of(
 
 # %% ../nbs/72_combinations.ipynb #c019
 class Combinations:
-    "Interactions of pairs: `.table`, `.abstains` and `.reason`, `.plot()`."
+    "Interactions of pairs: `.table`, `.abstains` and `.reason`, `.plot()`, `.to_html(path)`."
     def __init__(self,
         # perturbation, interaction, low, high, class, q, support; largest first
         table: pd.DataFrame,
@@ -247,5 +249,20 @@ def plot(self: Combinations,
     if self.abstains: ax.set_title(f"no interaction: {self.reason}", color="tab:red", fontsize=9)
     return figure
 
-# %% ../nbs/72_combinations.ipynb #c032
+# %% ../nbs/72_combinations.ipynb #c026
+@patch
+def to_html(self: Combinations,
+    path, # the file to write
+) -> Path:
+    "The pairs as a page."
+    found = (self.table["class"] != "additive").sum()
+    head = f"No interaction: {self.reason}" if self.abstains else f"{found} of {len(self.table)} pairs interact"
+    note = (
+        "interaction: expected length of what the pair does beyond the sum of its parts, log1p of counts per "
+        "10,000. low and high: 90 % interval. q: false discovery rate. support: nearness to training."
+    )
+    return write_page(path, "Which pairs interact?", head, self.plot(), note, self.table)
+
+
+# %% ../nbs/72_combinations.ipynb #c034
 document(globals())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'CHUNK', 'PAGE', 'BadGoal', 'signature', 'state_mean', 'wanted_change', 'gap_closed', 'perturbed',
-           'missed_gap', 'null_best', 'within_noise', 'Plan', 'plan']
+           'missed_gap', 'null_best', 'within_noise', 'Plan', 'plan', 'write_page']
 
 # %% ../nbs/70_planning.ipynb #c003
 import html, io, itertools
@@ -311,39 +311,56 @@ def plot(self: Plan,
     return figure
 
 # %% ../nbs/70_planning.ipynb #c032
-PAGE = """<!doctype html><meta charset="utf-8"><title>biojepa: plan</title>
+PAGE = """<!doctype html><meta charset="utf-8"><title>biojepa: {title}</title>
 <meta name="viewport" content="width=device-width">
 <style>
 body {{ font: 16px/1.5 sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }}
 .box {{ overflow-x: auto }} svg {{ max-width: 100%; height: auto }}
 </style>
-<h1>Which perturbation closes the gap</h1><p><b>{head}</b> (p = {p:.3f} under goals with shuffled genes)</p>{figure}
-<p>Share of the weighted squared distance to the goal that the predicted effect closes: 1 is the goal, 0 is no change.
-The perturbed gene is left out on both sides. Support: how near the perturbation is to those of training.</p>
+<h1>{title}</h1><p><b>{head}</b></p>{figure}
+<p>{note}</p>
 <div class="box">{table}</div>"""
 
+def write_page(
+    path, # the file to write
+    title: str, # the question
+    head: str, # the answer in one sentence
+    figure, # of matplotlib; it is closed
+    note: str, # what the columns mean
+    table: pd.DataFrame, # the rows, best first
+) -> Path:
+    "A page that needs no other file: the answer in words, the figure, the first 50 rows."
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    picture = text.getvalue()[text.getvalue().index("<svg"):]
+    rows = table.head(50).round(3).to_html(index=False, border=0)
+    title, head, note = (html.escape(t) for t in (title, head, note))
+    page = PAGE.format(title=title, head=head, figure=picture, note=note, table=rows)
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
+
+
+# %% ../nbs/70_planning.ipynb #c032a
 @patch
 def to_html(self: Plan,
     path, # the file to write
 ) -> Path:
-    "A page that needs no other file: the answer in words, the figure, the table."
-    figure = self.plot()
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    plt.close(figure)
-    head = (
-        f"No answer: {self.reason}" if self.abstains else f"Best: {self.table.perturbation.iloc[0]}"
+    "The plan as a page."
+    head = f"No answer: {self.reason}" if self.abstains else f"Best: {self.table.perturbation[0]}"
+    note = (
+        "gap_closed: share of the weighted squared distance to the goal that the predicted effect closes; 1 is "
+        "the goal, 0 is no change. low and high: 90 % interval. distance: root mean square, log1p of counts per "
+        "10,000. The perturbed gene is left out on both sides. support: nearness to the perturbations of training."
     )
-    picture = text.getvalue()[text.getvalue().index("<svg"):]
-    page = PAGE.format(
-        head=html.escape(head),
-        p=self.p_value,
-        figure=picture,
-        table=self.table.head(50).round(3).to_html(index=False, border=0),
+    return write_page(
+        path,
+        "Which perturbation closes the gap?",
+        f"{head} (p = {self.p_value:.3f} under goals with shuffled genes)",
+        self.plot(), note, self.table,
     )
-    Path(path).write_text(page, encoding="utf-8")
-    return Path(path)
+
 
 # %% ../nbs/70_planning.ipynb #c043
 document(globals())
