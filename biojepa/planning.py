@@ -342,7 +342,7 @@ def write_page(
     return Path(path)
 
 
-# %% ../nbs/70_planning.ipynb #c032a
+# %% ../nbs/70_planning.ipynb #c033
 @patch
 def to_html(self: Plan,
     path, # the file to write
@@ -362,5 +362,5 @@ def to_html(self: Plan,
     )
 
 
-# %% ../nbs/70_planning.ipynb #c043
+# %% ../nbs/70_planning.ipynb #c045
 document(globals())
