@@ -26,7 +26,8 @@ def read_goal(
     with naming(path): table = pd.read_csv(path, sep=None, engine="python", index_col=0)
     wanted = "change" if "change" in table else table.columns[0] if table.shape[1] == 1 else None
     if wanted is None:
-        raise ValueError(f"{path} has no column change; it has {', '.join(map(str, table.columns)) or 'no other'}")
+        other = ", ".join(map(str, table.columns)) or "no other"
+        raise ValueError(f"{path} has no column change; it has {other}")
     change = pd.to_numeric(table[wanted], errors="coerce")
     bad = table.index[change.isna()]
     if len(bad): raise ValueError(f"{path}: the change of gene {bad[0]!r} is no number")
@@ -60,7 +61,8 @@ def goal_of(
     "The one goal that was given. Raises ValueError for none and for several."
     from biojepa.planning import signature
     given = [file is not None, to is not None, bool(up or down)]
-    if sum(given) != 1: raise ValueError("name one goal: --goal FILE, --to column=value, or --up and --down genes")
+    if sum(given) != 1:
+        raise ValueError("name one goal: --goal FILE, --to column=value, or --up and --down genes")
     if file is not None: return read_goal(file)
     return state_of(cells, to) if to is not None else signature(up or (), down or ())
 
@@ -98,18 +100,18 @@ def plan_command(
     model: Path = MODEL,
     cells: Path = CELLS,
     goal: Optional[Path] = typer.Option(None, help="csv of genes and wanted changes (log1p)."),
-    to: Optional[str] = typer.Option(None, help="Cells in the wanted state: column=value, or control."),
+    to: Optional[str] = typer.Option(None, help="Wanted state: column=value of cells, or control."),
     up: Optional[List[str]] = typer.Option(None, help="A gene that should go up; may be repeated."),
-    down: Optional[List[str]] = typer.Option(None, help="A gene that should go down; may be repeated."),
-    start: Optional[str] = typer.Option(None, "--from", help="Cells to start from; control cells else."),
-    candidates: Optional[Path] = typer.Option(None, help="Names, one a line; every known target else."),
+    down: Optional[List[str]] = typer.Option(None, help="A gene that should go down; likewise."),
+    start: Optional[str] = typer.Option(None, "--from", help="Cells to start from; else controls."),
+    candidates: Optional[Path] = typer.Option(None, help="Names, one a line; else every target."),
     targets: int = typer.Option(1, help="At most so many targets at once."),
     cell_type: Optional[str] = TYPE,
     out: Path = typer.Option(Path("plan.html"), help="The page; the table is written beside it."),
 ):
     """Rank perturbations by how much of the way to a goal they close; or say that none does.
 
-    Example: biojepa plan runs/base cells.h5ad --from state=resistant --to state=sensitive --out plan.html
+    Example: biojepa plan runs/base cells.h5ad --from state=resistant --to state=sensitive
     """
     from biojepa.planning import plan
     check_outputs([out, out.with_suffix(".csv")], [model, cells, goal, candidates])
@@ -125,7 +127,7 @@ def plan_command(
 def combine_command(
     model: Path = MODEL,
     cells: Path = CELLS,
-    names: Optional[List[str]] = typer.Argument(None, help="Targets, all pairs of which are meant; or pairs A+B."),
+    names: Optional[List[str]] = typer.Argument(None, help="Targets, for all their pairs; or pairs A+B."),
     candidates: Optional[Path] = typer.Option(None, help="The names in a file, one a line."),
     cell_type: Optional[str] = TYPE,
     out: Path = typer.Option(Path("pairs.html"), help="The page; the table is written beside it."),
