@@ -55,10 +55,11 @@ class BioJEPA:
 def from_preset(cls: BioJEPA,
     preset: str = "base", # or 'v0_3', 'v0_2'
     n_genes: int = 4096, # size of the gene vocabulary
+    size: str | None = None, # 'small' or 'seed'; None: as the preset was published
     **overrides, # any field of ModelConfig
 ): # BioJEPA
-    "An untrained model of full size; `.student`, `.teacher`, `.predictor` are torch modules."
-    config = configure(preset, n_genes, **overrides)
+    "An untrained model; `.student`, `.teacher`, `.predictor` are torch modules."
+    config = configure(preset, n_genes, size, **overrides)
     return cls(build(config), [f"GENE{i}" for i in range(n_genes)])
 
 # %% ../nbs/53_fitted.ipynb #c011
