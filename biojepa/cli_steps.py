@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'SEED', 'PROGRESS', 'DEVICE', 'GO', 'PROTEINS', 'SMILES', 'SEQUENCES', 'ESM2', 'ALIASES', 'FITTED', 'KIND',
-           'CONTEXT', 'STEPS', 'PRETRAINING', 'size_of', 'prepare_command', 'sources_of', 'targets_of', 'write_source',
-           'make_features', 'fit_command', 'load_model', 'predict_command', 'largest_changes', 'model_names',
-           'score_command']
+           'CONTEXT', 'STEPS', 'PRETRAINING', 'DECODING', 'SIZE', 'EPOCHS', 'BATCH', 'YES', 'size_of',
+           'prepare_command', 'sources_of', 'targets_of', 'write_source', 'make_features', 'fit_command', 'load_model',
+           'predict_command', 'largest_changes', 'model_names', 'score_command']
 
 # %% ../nbs/83_cli_steps.ipynb #c003
 import json, warnings
@@ -179,15 +179,9 @@ PROTEINS = typer.Option(
 )
 SMILES = typer.Option(
     None,
-    help=(
-        "Structures of drugs: csv or tsv with a column smiles; names in a column "
-        "name, or in the first."
-    ),
+    help="Structures of drugs: csv or tsv with a column smiles; names in a column name, or the first.",
 )
-SEQUENCES = typer.Option(
-    None,
-    help="DNA or RNA of guides or transcripts: FASTA, or csv or tsv with a column sequence.",
-)
+SEQUENCES = typer.Option(None, help="DNA or RNA: FASTA, or csv or tsv with a column sequence.")
 ESM2 = typer.Option(
     "esm2_t6_8M_UR50D", help="ESM-2 for --proteins: a name, downloaded once, or a file."
 )
@@ -230,8 +224,17 @@ KIND = typer.Option(
 CONTEXT = typer.Option(None, help="Cell type to hold out, for unseen_context; may be repeated.")
 STEPS = typer.Option(None, help="Of the action-conditioned stage; as in Python without it.")
 PRETRAINING = typer.Option(None, help="Of the action-free stage; as in Python without it.")
+DECODING = typer.Option(None, "--decoder-steps", help="Of the decoders of v0_2 and v0_3.")
+SIZE = typer.Option("small", help="small, for two cores; seed, as published and for a GPU.")
+EPOCHS = typer.Option(None, help="Of every stage; as the size says without it. Steps win over it.")
+BATCH = typer.Option(None, help="Cells, or sets of cells, per step; fewer take less memory.")
+YES = typer.Option(False, "--yes", help="Begin even what will take very many CPU-days.")
 
-def _steps(n): return None if n is None else dict(steps=n)
+def _stages(pretraining, training, decoding, batch):
+    "Options of each stage that were given."
+    def given(steps, size): return {k: v for k, v in (("steps", steps), (size, batch)) if v is not None}
+    steps = dict(pretraining=pretraining, training=training, decoding=decoding)
+    return {k: given(v, "sets" if k == "training" else "batch") for k, v in steps.items()}
 
 def _one_or_list(values):
     "None, the one value, or all of them."
@@ -250,6 +253,11 @@ def fit_command(
     seed: int = SEED,
     steps: Optional[int] = STEPS,
     pretraining_steps: Optional[int] = PRETRAINING,
+    decoder_steps: Optional[int] = DECODING,
+    size: str = SIZE,
+    epochs: Optional[int] = EPOCHS,
+    batch: Optional[int] = BATCH,
+    yes: bool = YES,
     device: Optional[str] = DEVICE,
     progress: bool = PROGRESS,
 ):
@@ -262,11 +270,11 @@ def fit_command(
     from biojepa.estimator import BioJEPA
     from biojepa.splits import split
     data = read_prepared(cells)
-    table = read_features(features)
     held_out = split(data, kind, seed, context=_one_or_list(context))
-    how = dict(preset=preset, features=table, seed=seed, out=out, device=device, progress=progress)
-    stages = dict(pretraining=_steps(pretraining_steps), training=_steps(steps))
-    model = BioJEPA.fit(data, held_out, network=network, **how, **stages)
+    how = dict(preset=preset, features=read_features(features), seed=seed, out=out)
+    stages = _stages(pretraining_steps, steps, decoder_steps, batch)
+    how |= dict(network=network, size=size, epochs=epochs, yes=yes, device=device, progress=progress)
+    model = BioJEPA.fit(data, held_out, **how, **stages)
     typer.echo(f"{out}: model.safetensors, model.json")
     if hasattr(model, "gate"): typer.echo(who_answers([model.gate], preset))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'HEAD', 'FLATTERING', 'RESULTS', 'budget', 'simulated_screen', 'context_splits', 'real_splits', 'fit_all',
-           'condition_names', 'predict_held_out', 'who_answers', 'run_demo', 'perfect_scores', 'strongest', 'plot_card',
-           'write_page', 'write_results']
+           'condition_names', 'predict_held_out', 'who_answers', 'run_demo', 'perfect_scores', 'name_rows', 'strongest',
+           'plot_card', 'write_page', 'write_results']
 
 # %% ../nbs/81_demo.ipynb #c003
 import html, json, os, time
@@ -43,7 +43,11 @@ def budget(
         pretraining=dict(steps=steps(160)),
         training=dict(steps=steps(160), validate_every=max(4, steps(40)), patience=2, sets=12),
     )
-    v0_3 = dict(pretraining=dict(steps=steps(80)), training=dict(steps=steps(120), sets=12))
+    fair = 7.5 if n_fits == 1 else 1.0  # times what folds can have
+    v0_3 = dict(
+        pretraining=dict(steps=steps(80 * fair), batch=16),
+        training=dict(steps=steps(200 * fair), sets=8),
+    )
     return dict(base=base, v0_3=v0_3)
 
 # %% ../nbs/81_demo.ipynb #c010
@@ -214,6 +218,20 @@ def perfect_scores(
         out |= {g: round(float(v), 3) for g, v in zip(table.split, table.value)}
     return out
 
+# %% ../nbs/81_demo.ipynb #d029
+def name_rows(
+    table, # DataFrame with `model` as a level of its index or as its index
+    facts: dict, # of `run_demo`: settings, parameters
+): # DataFrame
+    "The same table; a network without a closed form is named with its size and its steps."
+    names = {}
+    for model, how in facts["settings"].items():
+        stages = [how.get(k, {}).get("steps") for k in ("pretraining", "training")]
+        if model == "base" or None in stages: continue
+        steps = " + ".join(f"{n:,}" for n in stages)
+        names[model] = f"{model} ({facts['parameters'][model]:,} parameters, {steps} steps)"
+    return table.rename(index=names, level="model")
+
 # %% ../nbs/81_demo.ipynb #c030
 def strongest(
     predicted, # of `predict_held_out`
@@ -255,6 +273,7 @@ def write_page(
     picture = _picture(plot_card(card), "scores of every model between floor and ceiling")
     old = card.table[card.table.metric.str.contains(FLATTERING)]
     old = old.pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
+    old = name_rows(old, facts)
     words = {k: html.escape(facts[k], quote=False) for k in ("what", "answers")}
     Path(path).write_text(
         f"""{HEAD}<style>{STYLE}</style>
@@ -263,7 +282,7 @@ def write_page(
 <p>Higher is better but for mse. <b>Floor</b>: predictions given to the wrong perturbation (for mse: no
 change). <b>Ceiling</b>: what a perfect predictor reaches, from the noise-free truth of simulated cells,
 from halves of real ones.</p>
-{picture}{card.wide().to_html()}
+{picture}{name_rows(card.wide(), facts).to_html()}
 <h2>The strongest held-out effect of each kind, by base</h2>{examples}
 <h2>Columns that flatter</h2><p>They compare expression, not change: read each beside
 <code>no_change</code>, which knows nothing of the perturbation.</p>{old.round(3).to_html()}

@@ -147,12 +147,14 @@ def change_v03(self: BioJEPA,
     for i, c in enumerate(cell_types):
         z = latents[c]
         change = self.model(z, actions[[i] * len(z)].to(device))
-        delta = (treated(per_gene(z + change.mean, teacher=True)) - control(per_gene(z))).mean(0)
+        # the decoders are on the CPU, wherever the network is
+        moved = per_gene(z + change.mean, teacher=True).cpu()
+        delta = (treated(moved) - control(per_gene(z).cpu())).mean(0)
         variance = (
             treated.weight.pow(2)
-            * per_gene(change.log_variance.exp(), teacher=True, variance=True).mean(0)
+            * per_gene(change.log_variance.exp(), teacher=True, variance=True).mean(0).cpu()
         ).sum(-1)
-        out.append((delta.cpu().numpy(), variance.sqrt().cpu().numpy()))
+        out.append((delta.numpy(), variance.sqrt().numpy()))
     return np.stack([d for d, _ in out]), np.stack([s for _, s in out])
 
 # %% ../nbs/53_fitted.ipynb #c022
