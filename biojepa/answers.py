@@ -285,7 +285,8 @@ def check_predictor(
 ) -> None:
     """Raise Leak, naming the perturbation, when a predictor was taught something that this split
     holds out."""
-    own = getattr(getattr(predictor, "predictor", predictor), "split", None)
+    model = predictor.predictor if isinstance(predictor, Answers) else predictor
+    own = getattr(model, "split", None)
     if not isinstance(own, Split) or own == split: return      # a path has a method of that name
     if own.test_contexts or split.test_contexts:
         if own.test_contexts != split.test_contexts:

@@ -14,6 +14,7 @@ from anndata import AnnData
 
 # %% ../nbs/58_asked.ipynb #c004
 from .cells import CONTROL, MODES, part_modes, parts
+from .labels import written_parts
 from .patching import document, patch
 from .effects import conditions, control_means
 from .perturbations import Action, BadAction, _each
@@ -55,7 +56,7 @@ def _action(self: BioJEPA, name, mode, dose, time=None):
         else "CRISPRi"
     )
     if name == CONTROL: return Action(())
-    written = [p.strip() for p in name.split("+")]
+    written = written_parts(name)
     def each(value, default):
         own = (
             [value.get(p) for p in written]
@@ -207,7 +208,7 @@ def _resolve_actions(self: BioJEPA, names, mode, dose, time, symbols):
     )
     warn_unknown(known)
     actions = [
-        self._action("+".join(own.get(p.strip(), p) for p in n.split("+")), mode, dose, time)
+        self._action("+".join(own.get(p, p) for p in written_parts(n)), mode, dose, time)
         for n in names
     ]
     check_actions(actions)
@@ -231,6 +232,7 @@ def _of_parts(what, value, own):
     Raises BadAction for one that was not asked for.
     """
     if not isinstance(value, dict): return value
+    value = {"+".join(written_parts(t)): x for t, x in value.items()}
     odd = [t for t in value if t not in own and t not in own.values()]
     if odd:
         raise BadAction(

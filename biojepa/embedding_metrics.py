@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% ../nbs/64_embedding_metrics.ipynb #c003
-from .metrics import metric
+from .metrics import Case, metric
 from .patching import document
 
 # %% ../nbs/64_embedding_metrics.ipynb #c006
@@ -38,7 +38,7 @@ def _similar(x):
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return x @ x.T
 
-# %% ../nbs/64_embedding_metrics.ipynb #c007
+# %% ../nbs/64_embedding_metrics.ipynb #c008
 def gene_set_gap(
     x: np.ndarray, # [N, D] an embedding, or centred effects
     labels, # N sets of pathway names, or what `partners` made of them
@@ -62,77 +62,57 @@ def gene_set_neighbour(
     first = near >= near.max(1, keepdims=True) - 1e-9
     return np.where(both.any(1), (first & both).sum(1) / np.maximum(first.sum(1), 1), np.nan)
 
-# %% ../nbs/64_embedding_metrics.ipynb #c008
-def _on_pathways(case, f):
-    return (
-        case.nothing()
-        if case.gene_sets is None or len(case) < 3
-        else f(case.beyond()[0], case.gene_sets)
-    )
+# %% ../nbs/64_embedding_metrics.ipynb #c010
+def _on_gene_sets(case, f):
+    if case.gene_sets is None or len(case) < 3: return case.nothing()
+    return f(case.beyond()[0], case.gene_sets)
 
-@metric(
-    "gene_set_gap",
-    (
-        "Mean cosine of the centred predicted effect (d_hat - m) with those of tested "
-        "perturbations that share a pathway, minus the mean cosine with the rest."
-    ),
-)
-def _gap(case):
-    return _on_pathways(case, gene_set_gap)
+@metric("gene_set_gap")
+def _gap(
+    case: Case, # with predicted effects (log1p), the training mean and gene sets
+) -> np.ndarray: # [P], -2 to 2
+    """Mean cosine of the centred predicted effect (d_hat - m) with those of tested perturbations
+    that share a pathway, minus the mean cosine with the rest."""
+    return _on_gene_sets(case, gene_set_gap)
 
-@metric(
-    "gene_set_neighbour",
-    (
-        "Share of perturbations whose nearest neighbour among the tested, by cosine of "
-        "the centred predicted effects, shares a pathway."
-    ),
-    unit="share",
-)
-def _neighbour(case):
-    return _on_pathways(case, gene_set_neighbour)
+@metric("gene_set_neighbour", unit="share")
+def _neighbour(
+    case: Case, # with predicted effects (log1p), the training mean and gene sets
+) -> np.ndarray: # [P], 0 to 1
+    """Share of perturbations whose nearest neighbour among the tested, by cosine of the centred
+    predicted effects, shares a pathway."""
+    return _on_gene_sets(case, gene_set_neighbour)
 
-# %% ../nbs/64_embedding_metrics.ipynb #c011
+# %% ../nbs/64_embedding_metrics.ipynb #c015
 def probe(
     x: np.ndarray, # [N, D] embedding, or predicted effects
     y, # [N] bool, or numbers
-    n_folds: int = 5,
-    seed: int = 0,
+    n_folds: int = 5, # of the cross-validation
+    seed: int = 0, # of the folds
 ) -> float: # AUROC (chance 0.5) for bool, Spearman (chance 0) for numbers
     "Cross-validated linear probe: logistic regression, or ridge."
     y = np.asarray(y)
+    how = dict(n_splits=n_folds, shuffle=True, random_state=seed)
     if y.dtype == bool:
-        folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-        return float(
-            cross_val_score(
-                make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
-                x,
-                y,
-                cv=folds,
-                scoring="roc_auc",
-            ).mean()
-        )
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        folds = StratifiedKFold(**how)
+        return float(cross_val_score(model, x, y, cv=folds, scoring="roc_auc").mean())
     model = make_pipeline(StandardScaler(), RidgeCV(np.geomspace(.1, 1e4, 11)))
-    return float(
-        spearmanr(
-            y, cross_val_predict(model, x, y, cv=KFold(n_folds, shuffle=True, random_state=seed))
-        ).statistic
-    )
+    return float(spearmanr(y, cross_val_predict(model, x, y, cv=KFold(**how))).statistic)
 
-# %% ../nbs/64_embedding_metrics.ipynb #c013
+# %% ../nbs/64_embedding_metrics.ipynb #c017
 def batch_leakage(
     x: np.ndarray, # [N, D] embedding of cells
     batch, # [N] names
-    n_folds: int = 5,
-    seed: int = 0,
+    n_folds: int = 5, # of the cross-validation
+    seed: int = 0, # of the folds
 ) -> tuple[float, float]: # balanced accuracy, and what chance gives
-    "How well a linear classifier that was trained on other cells tells the batch. Best is chance."
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced")
-    )
+    "How well a linear classifier of other cells finds the batch of a cell. Best is chance."
+    classifier = LogisticRegression(max_iter=1000, class_weight="balanced")
+    model = make_pipeline(StandardScaler(), classifier)
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    return float(
-        cross_val_score(model, x, np.asarray(batch), cv=folds, scoring="balanced_accuracy").mean()
-    ), 1 / len(set(batch))
+    score = cross_val_score(model, x, np.asarray(batch), cv=folds, scoring="balanced_accuracy")
+    return float(score.mean()), 1 / len(set(batch))
 
-# %% ../nbs/64_embedding_metrics.ipynb #c017
+# %% ../nbs/64_embedding_metrics.ipynb #c021
 document(globals())

@@ -36,6 +36,7 @@ from .trained_decoders import DecoderConfig
 from .saved import below, number, put_weights, read_model, reading, text_apart, write_model
 from .signature_model import SignatureModel
 from .fitted import BioJEPA
+from . import latents # gives BioJEPA `encode`
 from .asked import OutsideTraining, targets_of
 from .run import FitRun, cells_hash, features_hash
 from .schedule import approve, estimate, schedule
@@ -167,7 +168,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, plan, device, progress
     if progress: print(f"What answers: {self.what_answers()}")
     return self
 
-# %% ../nbs/59_estimator.ipynb #d016
+# %% ../nbs/59_estimator.ipynb #c016
 FREE = 50  # steps of all stages that are made without an estimate
 
 @patch
@@ -178,28 +179,7 @@ def _announce(self: BioJEPA, seen, stages, yes, device, progress):
     approve(cost, yes)
     if progress: print(f"This fit will take {cost}.")
 
-# %% ../nbs/59_estimator.ipynb #c019
-@patch
-def _same_genes(self: BioJEPA, cells):
-    "Refuse cells whose genes are not the model's, in its order."
-    mine = self.genes
-    theirs = list(cells.var_names)
-    if mine == theirs: return
-    missing = [g for g in mine if g not in set(theirs)]
-    extra = [g for g in theirs if g not in set(mine)]
-    what = (
-        f"{len(missing)} genes are missing ({', '.join(missing[:3])})"
-        if missing
-        else f"{len(extra)} genes are new ({', '.join(extra[:3])})"
-        if extra
-        else "the order differs"
-    )
-    raise BadCells(
-        f"these cells were prepared differently from the model's: {what}. Use the "
-        "cells of the fit, or cells[:, model.genes] of an AnnData that holds them "
-        "all"
-    )
-
+# %% ../nbs/59_estimator.ipynb #c021
 def _names(names):
     "A list of labels. Raises BadAction for none, and for what is no text."
     if isinstance(names, str): return [names]
@@ -211,7 +191,7 @@ def _names(names):
     if odd: raise BadAction(f"{odd[0]!r} is not a label: names of perturbations are texts")
     return [str(n) for n in names]
 
-# %% ../nbs/59_estimator.ipynb #c022
+# %% ../nbs/59_estimator.ipynb #c024
 TOP = float(np.log1p(1e4))  # the largest log1p of counts per 10,000: all counts on one gene
 
 @patch
@@ -239,7 +219,7 @@ def _rows(self: BioJEPA, cells, names, cell_type, mode, dose, time, symbols):
         )
     return actions * len(types), obs
 
-# %% ../nbs/59_estimator.ipynb #c024
+# %% ../nbs/59_estimator.ipynb #c026
 @patch
 def predict(
     self: BioJEPA,
@@ -275,7 +255,7 @@ def predict(
     out = self._answer(cells, obs, delta, std)
     return self._as_cells(cells, out, cells_out) if cells_out else out
 
-# %% ../nbs/59_estimator.ipynb #c025
+# %% ../nbs/59_estimator.ipynb #c027
 @patch
 def _answer(self: BioJEPA, cells, obs, delta, std):
     "The AnnData of a prediction."
@@ -308,7 +288,11 @@ def _as_cells(self: BioJEPA, cells, rows, n):
         np.concatenate(blocks).astype(np.float32), obs=obs, var=rows.var, uns=dict(rows.uns)
     )
 
-# %% ../nbs/59_estimator.ipynb #c040
+# %% ../nbs/59_estimator.ipynb #c042
+def _without_nan(history):
+    "A history as JSON can hold it: column -> list, None where nothing was measured."
+    return history.astype(object).where(history.notna(), None).to_dict("list")
+
 @patch
 def save(self: BioJEPA,
     folder: str | Path, # created when it is not there
@@ -321,6 +305,7 @@ def save(self: BioJEPA,
         mode_names=list(MODES),
         split=self.split.to_dict() if self.split else None,
         trained=[[None if v != v else v for v in part] for part in self.trained],
+        history={k: _without_nan(h) for k, h in self.history.items()},
         **{k: getattr(self, k) for k in OWN},
     )
     arrays = {f"weights.{k}": v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
@@ -337,7 +322,7 @@ def save(self: BioJEPA,
 
 OWN = ("genes", "modes", "time", "gate", "stretch", "seed", "gene_hash")  # as they are
 
-# %% ../nbs/59_estimator.ipynb #c041
+# %% ../nbs/59_estimator.ipynb #c043
 def _tensors(arrays, prefix): return {k: torch.tensor(v) for k, v in below(arrays, prefix).items()}
 
 def _read_network(arrays, facts):
@@ -354,7 +339,7 @@ def _read_network(arrays, facts):
     put_weights(shapes, weights)
     return put_weights(build(config), weights).eval()
 
-# %% ../nbs/59_estimator.ipynb #c042
+# %% ../nbs/59_estimator.ipynb #c044
 @patch(cls_method=True)
 def load(cls: BioJEPA,
     folder: str | Path, # a folder that `save` or `fit(out=...)` wrote
@@ -371,6 +356,7 @@ def load(cls: BioJEPA,
         if self.time is not None: self.time = number(facts, "time", 0, 1e6)
         self.trained = [tuple(float("nan") if v is None else v for v in p) for p in facts["trained"]]
         self.controls = below(arrays, "controls.")
+        self.history = {k: pd.DataFrame(h) for k, h in facts.get("history", {}).items()}
         if facts["split"]: self.split = Split.from_dict(facts["split"])
         self._load_parts(arrays, facts)
     self.origin = "loaded"
@@ -393,5 +379,5 @@ def _load_parts(self: BioJEPA, arrays, facts):
         put_weights(Decoder(*shape), _tensors(arrays, f"decoder{i}.")) for i in range(2)
     )
 
-# %% ../nbs/59_estimator.ipynb #c051
+# %% ../nbs/59_estimator.ipynb #c053
 document(globals())

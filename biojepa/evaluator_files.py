@@ -16,7 +16,7 @@ from scipy import sparse
 # %% ../nbs/80_evaluator_files.ipynb #c004
 from .answers import answers, check_predictor, held_out, observed_effects
 from .cells import CONTROL, dense
-from .judge import _pools
+from .effects import ControlPools, _places
 from .patching import document
 from .splits import Split
 
@@ -43,7 +43,7 @@ def with_mean(
 def _start(tested):
     "Per cell type, the mean control and the level of those that express, two [G]."
     out = {}
-    for line, rows in _pools(tested)[1].items():
+    for (line,), rows in ControlPools(tested).pools[()].items():
         x = dense(tested.X[rows]).astype(np.float64)
         out[line] = (
             x.mean(0),
@@ -60,19 +60,22 @@ def predicted_cells(
 ) -> tuple[AnnData, float]: # controls and predicted cells; share of entries below zero
     """Cells whose mean minus the mean of all controls of the cell type is the predicted effect,
     wherever that leaves no mean below zero."""
-    by_batch, anywhere, treated = _pools(tested)
+    pools = ControlPools(tested)
+    places = _places(tested)
     start = _start(tested)
-    batch = tested.obs.batch.to_numpy()
+    conditions = ["perturbation", "cell_type", "dose"]
+    treated = tested.obs.groupby(conditions, observed=True).indices
     rng = np.random.default_rng(seed)
     rows = [np.flatnonzero(tested.obs.perturbation == CONTROL)]
     blocks = []
     below = 0
     blocks.append(sparse.csr_matrix(dense(tested.X[rows[0]])))
-    keys = truth.obs[["perturbation", "cell_type", "dose"]].itertuples(index=False, name=None)
+    keys = truth.obs[conditions].itertuples(index=False, name=None)
     for key, d in zip(keys, effect):
         own = treated[key]
         (mean, level) = start[key[1]]
-        base = [rng.choice(by_batch.get((key[1], b), anywhere[key[1]])) for b in batch[own]]
+        like = places.iloc[own].to_dict("records")
+        base = [rng.choice(pools.find(place)[0]) for place in like]
         cells = dense(tested.X[base]).astype(np.float64)
         made = with_mean(cells, np.maximum(mean + d, 0), level, rng)
         if made.max() >= TOP:

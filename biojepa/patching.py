@@ -51,7 +51,10 @@ def comments(
     return found
 
 # %% ../nbs/01_patching.ipynb #c015
-def add_parameters(function, lines):
+def add_parameters(
+    function, # a function or method; its docstring is changed
+    lines: list, # of its source file
+) -> None:
     "Append the section of parameters to the docstring of one function."
     function = inspect.unwrap(function)
     first = function.__code__.co_firstlineno - 1
@@ -64,6 +67,7 @@ def add_parameters(function, lines):
     if result: text += f"\n\nReturns\n-------\n{result}"
     function.__doc__ = text or None
 
+# %% ../nbs/01_patching.ipynb #c017
 def document(
     namespace: dict, # globals() of a module
 ) -> None:

@@ -28,30 +28,22 @@ DISTANCES = {
 
 @lru_cache(8)
 def places(
-    case: Case,
-    distance: str = "cosine",  # of DISTANCES, beyond the training mean
-    own: bool = False,  # leave out only the target of the perturbation that is asked about
-    rounding: float = 1e-9,  # smaller differences are none, in units of the largest distance or 1
-) -> (
-    tuple[np.ndarray, np.ndarray] | None
-):  # [P] how many others are nearer to the prediction than the true one, [P] how many are as near
+    case: Case, # with both effects (log1p), the training mean and the target genes
+    distance: str = "cosine", # of DISTANCES, beyond the training mean
+    own: bool = False, # leave out only the target of the perturbation that is asked about
+    rounding: float = 1e-9, # smaller differences are none, in units of the largest distance or 1
+): # [P] how many others are nearer to the prediction than the true one, [P] how many are as near
     """Where the truth stands, over the genes that no tested perturbation targets; None where
     nothing can be compared."""
     targets = np.zeros(case.observed.shape, bool) if case.targets is None else case.targets
     keep = ~targets if own else np.broadcast_to(~targets.any(0), targets.shape)     # [P, G]
     if len(case) < 2 or keep.sum(1).min() < 2: return None
     predicted, observed = case.beyond()
-    # [P, P]
-    far = (
-        np.concatenate(
-            [
-                DISTANCES[distance](predicted[i : i + 1, k], observed[:, k])
-                for i, k in enumerate(keep)
-            ]
-        )
-        if own
-        else DISTANCES[distance](predicted[:, keep[0]], observed[:, keep[0]])
-    )
+    measure = DISTANCES[distance]
+    if own:
+        rows = [measure(predicted[i : i + 1, k], observed[:, k]) for i, k in enumerate(keep)]
+        far = np.concatenate(rows)                                                  # [P, P]
+    else: far = measure(predicted[:, keep[0]], observed[:, keep[0]])
     true = np.diag(far)[:, None]
     rounding = rounding * max(1.0, far.max())
     return (far < true - rounding).sum(1), (np.abs(far - true) <= rounding).sum(1) - 1
@@ -99,5 +91,5 @@ def rank(
     "The metric of this name."
     return METRICS["rank"].function(case)
 
-# %% ../nbs/63_ranks.ipynb #c019
+# %% ../nbs/63_ranks.ipynb #c020
 document(globals())

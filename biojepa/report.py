@@ -21,6 +21,7 @@ from .featurizers import FeatureTable, as_table
 from .metrics import METRICS, sign
 from .plots import FEW, few_words, literal
 from .card import Card
+from . import comparisons  # gives a Card its differences, winners and negative controls
 from .probes import has_network, untrained
 
 # %% ../nbs/68_report.ipynb #c009
@@ -89,7 +90,7 @@ def _largest(card): return card.table.groupby("split", sort=False).n.max().idxma
 def plot_versus(
     card, # a Card
     model: str, # the one to be compared
-    metric: str = "pearson_pert",
+    metric: str = "pearson_pert", # of the card
     split: str | None = None, # default: the one with the most perturbations
 ): # matplotlib Axes
     """Paired differences to the other models with 95 % intervals; right of zero is better,
@@ -149,7 +150,7 @@ def plot_examples(
     axes[0].set_ylabel("predicted change", fontsize=8)
     return figure
 
-# %% ../nbs/68_report.ipynb #c029
+# %% ../nbs/68_report.ipynb #c030
 def calibration(
     card, # a Card
     split: str | None = None, # default: the one with the most perturbations
@@ -182,12 +183,13 @@ def plot_calibration(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/68_report.ipynb #c036
+# %% ../nbs/68_report.ipynb #c037
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:12px;margin:1em 0;display:block;overflow-x:auto}
 td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #eee}
 th{text-align:left}img{max-width:100%}.grey{color:#aaa}.note{color:#666;font-size:13px}"""
 
+# %% ../nbs/68_report.ipynb #c038
 def _picture(figure, words):
     "A figure as an <img> that carries its own bytes; the figure is closed."
     figure = getattr(figure, "figure", figure)
@@ -200,15 +202,10 @@ def _picture(figure, words):
     )
 
 def _number(x):
-    return (
-        html.escape(x)
-        if isinstance(x, str)
-        else ""
-        if pd.isna(x)
-        else f"{x:.4g}"
-        if abs(x) < 0.01
-        else f"{x:.3f}"
-    )
+    "A value of a table as HTML."
+    if isinstance(x, str): return html.escape(x)
+    if pd.isna(x): return ""
+    return f"{x:.4g}" if abs(x) < 0.01 else f"{x:.3f}"
 
 def _table(frame, grey=()):
     "HTML of a table; rows in `grey` are greyed, with a word why."
@@ -221,7 +218,7 @@ def _table(frame, grey=()):
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
-# %% ../nbs/68_report.ipynb #c037
+# %% ../nbs/68_report.ipynb #c040
 def _against(card, model, metric, split, row):
     "How a model compares with the best baseline; nothing where there is none."
     if row.baseline in ("none", model): return ""
@@ -252,7 +249,7 @@ def headline(
     if row.suspicious == "yes": out += "; suspicious, since it is above the ceiling"
     return out + (". This metric cannot tell good from bad here." if row.tells == "no" else ".")
 
-# %% ../nbs/68_report.ipynb #c039
+# %% ../nbs/68_report.ipynb #c042
 def metric_tables(
     card, # a Card
     split: str | None = None, # default: the one with the most perturbations
@@ -275,11 +272,11 @@ def metric_tables(
     grey = [m for m in wide.index if wide.tells[m] != "yes"]
     return _table(wide.drop(flatter), grey), _table(wide.loc[flatter], flatter)
 
-# %% ../nbs/68_report.ipynb #c040
+# %% ../nbs/68_report.ipynb #c044
 WARNING = (
     "These columns compare cells, or expression and not change. no_change, which "
-    "knows nothing of the perturbation, scores nearly what the truth would: read "
-    "them beside that row only."
+    "predicts no effect, scores nearly what the truth would: read them beside that "
+    "row only."
 )
 
 PROBED = (
@@ -289,11 +286,12 @@ PROBED = (
     "Actions are held-out targets. floor = shuffled labels."
 )
 
-# %% ../nbs/68_report.ipynb #c041
+# %% ../nbs/68_report.ipynb #c045
 def _on_models(card, shown):
     "Headings and contents about the models that are not baselines."
     models = _judged(card)
-    notes = "".join(f"<p class=note>{html.escape(x)}</p>" for x in card.notes())
+    made = [f"What answers for {m}: {card.made_of[m]}." for m in models if m in card.made_of]
+    notes = "".join(f"<p class=note>{html.escape(x)}</p>" for x in (*made, *card.notes()))
     pert = "pearson_pert" in shown
     if pert:
         lines = "".join(f"<p>{html.escape(headline(card, m))}</p>" for m in models)
@@ -311,7 +309,7 @@ def _on_models(card, shown):
     if len(calibration(card)):
         yield "How often is the truth within the intervals?", _picture(plot_calibration(card), "calibration")
 
-# %% ../nbs/68_report.ipynb #c042
+# %% ../nbs/68_report.ipynb #c046
 def _on_controls(card, shown):
     "Negative controls, probes, and who is first."
     if "pearson_pert" in shown and card.controls is not None and len(card.controls):
@@ -349,7 +347,7 @@ def _on_metrics(card):
     rows = [dict(best=m.best or "-", unit=m.unit, definition=m.definition) for m in used]
     yield "Definitions", _table(pd.DataFrame(rows, [m.name for m in used]))
 
-# %% ../nbs/68_report.ipynb #c044
+# %% ../nbs/68_report.ipynb #c048
 def write_report(
     card, # a Card, with baselines or without
     path, # of the html file
@@ -373,5 +371,5 @@ def to_html(self: Card,
     "A page with the tables and figures that one looks at first."
     return write_report(self, path)
 
-# %% ../nbs/68_report.ipynb #c058
+# %% ../nbs/68_report.ipynb #c063
 document(globals())

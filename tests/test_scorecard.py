@@ -1,4 +1,5 @@
 "Baselines, metrics and the scorecard: laws that hold for any screen, on small simulated ones."
+import html
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from anndata import AnnData
 from hypothesis import given, settings, strategies as st
 
+from biojepa.estimator import BioJEPA
 from biojepa.effects import beyond, pearson_rows
 from biojepa.baselines import Additive, Mean, in_context, training_effects, training_mean
 from biojepa.learned_baselines import BASELINES, RidgeEffects
@@ -15,9 +17,9 @@ from biojepa.prepare import prepare
 from biojepa.effects import effects
 from biojepa.cell_metrics import partial_spearman
 from biojepa.embedding_metrics import gene_set_neighbour, probe
-from biojepa.answers import answers, held_out, observed_effects
-from biojepa.judge import CONTROLLED, score_fold, wrong_names
-from biojepa.card import Card
+from biojepa.answers import Answers, answers, check_predictor, held_out, observed_effects
+from biojepa.judge import CONTROLLED, _pairs_of, score_fold, wrong_names
+from biojepa.card import Card, _made_of
 from biojepa.scorecard import scorecard
 from biojepa.metrics import METRICS, Case, bootstrap_interval, changed, spearman
 from biojepa.ranks import places
@@ -732,3 +734,42 @@ def test_baselines_stay_within_what_expression_can_be(screen):
     for kind in BASELINES.values():
         mean = kind().fit(cells, fold, features).predict(cells, fold.test).layers["mean"]
         assert mean.min() >= 0 and mean.max() <= np.log(10001) + 1e-6
+
+
+def test_single_cell_pairs_have_controls_of_their_time():
+    "Where controls drift with time, a treated cell is paired with a control of its own time."
+    cells = prepare(simulate(n_genes=30, n_perturbations=4, cells_per_perturbation=20, seed=0), n_genes=30)
+    late = np.arange(cells.n_obs) % 2 == 1
+    cells.obs["time"] = np.where(late, 48.0, 24.0)
+    cells.X = np.tile(np.where(late, 2.0, 1.0)[:, None], (1, cells.n_vars)).astype(np.float32)
+    first = cells.obs[cells.obs.perturbation != "control"].iloc[0]
+    control, treated = _pairs_of(cells, [(first.perturbation, first.cell_type, first.dose)])
+    assert np.array_equal(control[0], treated[0]) and len(np.unique(treated[0])) == 2
+
+
+def test_card_gives_the_share_of_the_network_in_words(card, tmp_path):
+    class Model:
+        predictor = "its network: a BioJEPA has an attribute of this name"
+        def predict(self, cells, names, **setting): raise NotImplementedError
+        def what_answers(self): return "the closed form alone; the network's share is 0.00"
+
+    opened = Answers(Model())
+    fitted = {"base": [opened, (opened, Model())], "function": [len]}
+    assert _made_of(fitted) == {"base": Model().what_answers()}
+    words = {"perfect": "<b> alone", "ridge": "a baseline has no such line"}
+    own = Card(card.per_perturbation, n_boot=20, controls=card.controls, made_of=words)
+    page = own.to_html(tmp_path / "card.html").read_text()
+    assert "What answers for perfect: &lt;b&gt; alone." in page and page.count("What answers for") == 1
+    assert "Suspicious: perfect" in page and "suspicious, since it is above the ceiling" in page
+
+
+def test_card_of_a_fitted_model_names_what_answers_and_refuses_a_leak(screen, tmp_path):
+    cells, features, fold = screen
+    model = BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
+    both = {"one": model, "two": [model]}
+    page = scorecard(cells, fold, both, "none", metrics=["mse"], n_boot=20).to_html(tmp_path / "card.html")
+    for name in both:
+        line = f"What answers for {name}: {html.escape(model.what_answers())}."
+        assert line in page.read_text()
+    for given in (model, Answers(model)):
+        with pytest.raises(Leak): check_predictor(given, split(cells, "simulation", seed=1))
