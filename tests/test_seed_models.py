@@ -91,13 +91,14 @@ def test_an_estimate_grows_with_the_work_and_moves_no_weight(screen, preset):
     cells, features, fold = screen
     torch.manual_seed(5)
     dims = dict(feature_dims=(features.shape[1],)) if preset == "base" else {}
-    model = BioJEPA.from_preset(preset, 40, **TINY["model"], **dims).model
+    owner = BioJEPA.from_preset(preset, 40, **TINY["model"], **dims)
+    owner.table = as_table(features)
+    model, cpu = owner.model, torch.device("cpu")
     before = {k: v.clone() for k, v in model.state_dict().items()}
     drawn = torch.get_rng_state()
     plan = {k: dict(steps=1000) for k in KINDS}
-    table = as_table(features)
-    cost = estimate(model, cells, plan, table)
-    larger = estimate(model, cells, plan | dict(pretraining=dict(steps=1000, batch=3200)), table)
+    cost = estimate(owner, cells, plan, cpu)
+    larger = estimate(owner, cells, plan | dict(pretraining=dict(steps=1000, batch=3200)), cpu)
     assert set(cost.seconds) == set(KINDS) - ({"decoding"} if preset == "base" else set())
     assert min(cost.seconds.values()) > 0 and larger.gigabytes > cost.gigabytes
     assert larger.seconds["pretraining"] > cost.seconds["pretraining"]
