@@ -18,8 +18,8 @@ import typer
 from .patching import document
 from . import cli_fit # registers `biojepa fit`
 from biojepa.cli_options import (
-    DEVICE, FEATURES, PROGRESS, SEED, app, check_folder, check_outputs, naming, read_features, read_prepared, read_screen, save,
-    takes_screen,
+    DEVICE, FEATURES, PROGRESS, SEED, app, check_folder, check_outputs, naming, read_features,
+    read_prepared, read_screen, save, takes_screen,
 )
 
 # %% ../nbs/83_cli_steps.ipynb #c006

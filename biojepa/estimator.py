@@ -124,16 +124,15 @@ def fit(cls: BioJEPA,
     """Both stages and the closed form. Signatures give a SignatureModel.
 
     Raises BadCells or Leak before anything is written, and ValueError for a folder of another
-    run and for what would take very many CPU-days.
-    """
+    run and for what would take very many CPU-days."""
     floor = _former(former)
     sets = None if gene_sets is None else read_gene_sets(gene_sets)
     if not is_signature(cells):
         stages = dict(pretraining=pretraining, training=training, decoding=decoding)
         plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets)
         how = dict(preset=preset, seed=seed, network=network)
-        how["closed_form"] = closed_form if floor is None else floor
-        how["closed_form_options"] = closed_form_options or {}
+        closed = closed_form if floor is None else floor
+        how |= dict(closed_form=closed, closed_form_options=closed_form_options or {})
         return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
     _only_cells(sets, size, epochs)
     own = dict(preset=preset, network=network, device=device, progress=progress, training=training)
