@@ -202,7 +202,7 @@ class Card:
         effects: dict | None = None, # model -> predicted effects, rows x genes
         baselines=None, # models that are baselines; None: those named like one of ALL_BASELINES
         probes: pd.DataFrame | None = None, # of `biojepa.probes.probes`
-        made_of: dict | None = None, # model -> what its effects are made of, in words
+        made_of: dict | None = None, # model -> what its predictions are made of, in words
     ):
         self.per_perturbation = per_perturbation
         self.n_boot = n_boot
@@ -250,7 +250,7 @@ def notes(self: Card) -> list: # sentences
         )
     return out
 
-# %% ../nbs/67_card.ipynb #c026
+# %% ../nbs/67_card.ipynb #c028
 @patch
 def plot(self: Card,
     metrics=("pearson_delta", "pearson_pert", "rank"), # panels from left to right
@@ -283,7 +283,7 @@ def wide(self: Card,
 
 def _count(n): return f"{n} perturbation{'s' if n != 1 else ''}"
 
-# %% ../nbs/67_card.ipynb #c028
+# %% ../nbs/67_card.ipynb #c030
 @patch
 def verdict(self: Card) -> pd.DataFrame: # rows (split, metric)
     "What each metric can tell here: its ends, the best baseline, range and discrimination."
@@ -293,7 +293,7 @@ def verdict(self: Card) -> pd.DataFrame: # rows (split, metric)
     ]
     return self.table.groupby(["split", "metric"], sort=False)[keep].first()
 
-# %% ../nbs/67_card.ipynb #c031
+# %% ../nbs/67_card.ipynb #c033
 def _labelled(table, fold):
     "Models named (name, seed) become a model and a run."
     pairs = [m if isinstance(m, tuple) else (m, 0) for m in table.model]
@@ -327,11 +327,11 @@ def one_fold(
     out["effects"] = {k[0] if isinstance(k, tuple) else k: v for k, v in firsts.items()}
     return out
 
-# %% ../nbs/67_card.ipynb #c032
+# %% ../nbs/67_card.ipynb #c034
 def _made_of(
     fitted, # name -> list with a predictor per fold, each one or a tuple of seeds
 ):
-    "What the effects of each model are made of, in words, where it has `what_answers`."
+    "What the predictions of each model are made of, in words, where it has `what_answers`."
     out = {}
     for name, many in fitted.items():
         first = [p[0] if isinstance(p, tuple) else p for p in many]
@@ -340,7 +340,7 @@ def _made_of(
         if words: out[name] = "; in another fold, ".join(dict.fromkeys(words))
     return out
 
-# %% ../nbs/67_card.ipynb #c034
+# %% ../nbs/67_card.ipynb #c036
 def card_of(
     cells, # prepared cells
     splits: list, # Splits, one per fold
@@ -363,5 +363,5 @@ def card_of(
     words = _made_of({n: p for n, p in fitted.items() if n not in baselines})
     return Card(scores, n_boot, seed, tried, predicted, baselines, made_of=words)
 
-# %% ../nbs/67_card.ipynb #c038
+# %% ../nbs/67_card.ipynb #c039
 document(globals())

@@ -91,7 +91,7 @@ def _panel(ax, t, models, paint, labels):
     ax.tick_params(axis="y", length=0)
     for text, m in zip(ax.get_yticklabels(), models): text.set_color(paint[m])
 
-# %% ../nbs/65_plots.ipynb #c018
+# %% ../nbs/65_plots.ipynb #c019
 def _mute(ax):
     "Grey a panel whose metric cannot tell good from bad here."
     for artist in (*ax.lines, *ax.collections, *ax.patches, *ax.texts): artist.set_alpha(0.25)
@@ -107,7 +107,7 @@ def _mute(ax):
         style="italic",
     )
 
-# %% ../nbs/65_plots.ipynb #c019
+# %% ../nbs/65_plots.ipynb #c021
 def _legend(band, suspicious):
     def line(**style): return plt.Line2D([], [], color="0.45", **style)
     lines = [line(ls=":", lw=1), line(ls="--", lw=1), line(marker="o", ms=5, lw=2.5, alpha=0.6)]
@@ -134,7 +134,7 @@ def _groups(table):
         dict.fromkeys(table.split), key=lambda s: order.index(s) if s in order else len(order)
     )
 
-# %% ../nbs/65_plots.ipynb #c020
+# %% ../nbs/65_plots.ipynb #c023
 def _band(band, here, table, metrics, models, first, last):
     "One group: a heading and a panel per metric."
     count = f"{here.n.max()} perturbation{'s' if here.n.max() > 1 else ''}"
@@ -155,6 +155,24 @@ def _band(band, here, table, metrics, models, first, last):
         ax.spines[["top", "right", "left"]].set_visible(False)
     if last: _legend(band, "suspicious" in table and (table.suspicious == "yes").any())
 
+# %% ../nbs/65_plots.ipynb #c024
+def _drawn(table, metrics, groups, models, notes):
+    "The figure of `plot_scores`."
+    height = 0.23 * len(models) + 0.55
+    below = 0.25 * len(notes)
+    size = (2.5 * len(metrics) + 1.1, height * len(groups) + 0.6 + below)
+    figure = plt.figure(figsize=size, layout="constrained")
+    # metric names above, legend below
+    room = [height + 0.3 * (g == groups[0]) + 0.3 * (g == groups[-1]) for g in groups]
+    if notes: room.append(below)
+    bands = np.ravel(figure.subfigures(len(room), 1, height_ratios=room))
+    for band, group in zip(bands, groups):
+        here = table[table.split == group]
+        _band(band, here, table, metrics, models, group == groups[0], group == groups[-1])
+    if notes: bands[-1].text(0.01, 0.5, literal("\n".join(notes)), va="center", fontsize=8, color="0.4")
+    return figure
+
+# %% ../nbs/65_plots.ipynb #c025
 def plot_scores(
     # Card.table or scores.csv: model, split, metric, value, low, high, floor, ceiling, n
     table: pd.DataFrame,
@@ -174,24 +192,7 @@ def plot_scores(
     table = enough(table)
     return _drawn(table, metrics, _groups(table), list(dict.fromkeys(table.model)), notes)
 
-# %% ../nbs/65_plots.ipynb #c021
-def _drawn(table, metrics, groups, models, notes):
-    "The figure of `plot_scores`."
-    height = 0.23 * len(models) + 0.55
-    below = 0.25 * len(notes)
-    size = (2.5 * len(metrics) + 1.1, height * len(groups) + 0.6 + below)
-    figure = plt.figure(figsize=size, layout="constrained")
-    # metric names above, legend below
-    room = [height + 0.3 * (g == groups[0]) + 0.3 * (g == groups[-1]) for g in groups]
-    if notes: room.append(below)
-    bands = np.ravel(figure.subfigures(len(room), 1, height_ratios=room))
-    for band, group in zip(bands, groups):
-        here = table[table.split == group]
-        _band(band, here, table, metrics, models, group == groups[0], group == groups[-1])
-    if notes: bands[-1].text(0.01, 0.5, literal("\n".join(notes)), va="center", fontsize=8, color="0.4")
-    return figure
-
-# %% ../nbs/65_plots.ipynb #c030
+# %% ../nbs/65_plots.ipynb #c034
 def _row(data, name, what):
     "One row's change and, where there is one, its standard deviation [G]."
     if name not in data.obs_names:
@@ -201,7 +202,7 @@ def _row(data, name, what):
     std = np.asarray(row.layers["std"]).ravel() if "std" in row.layers else None
     return pd.Series(np.asarray(value).ravel(), data.var_names), std
 
-# %% ../nbs/65_plots.ipynb #c031
+# %% ../nbs/65_plots.ipynb #c035
 def plot_effect(
     prediction, # AnnData of `predict`
     observed, # AnnData of `effects`
@@ -233,7 +234,7 @@ def plot_effect(
     sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/65_plots.ipynb #c038
+# %% ../nbs/65_plots.ipynb #c042
 def plot_training(
     # what `pretrain` and `train` return: step, loss parts, perhaps validation
     history: pd.DataFrame,
@@ -270,5 +271,5 @@ def plot_training(
         sns.despine(ax=ax)
     return figure
 
-# %% ../nbs/65_plots.ipynb #c047
+# %% ../nbs/65_plots.ipynb #c051
 document(globals())

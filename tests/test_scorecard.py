@@ -1,4 +1,5 @@
 "Baselines, metrics and the scorecard: laws that hold for any screen, on small simulated ones."
+import html
 import warnings
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 from anndata import AnnData
 from hypothesis import given, settings, strategies as st
 
+from biojepa.estimator import BioJEPA
 from biojepa.effects import beyond, pearson_rows
 from biojepa.baselines import Additive, Mean, in_context, training_effects, training_mean
 from biojepa.learned_baselines import BASELINES, RidgeEffects
@@ -16,7 +18,7 @@ from biojepa.prepare import prepare
 from biojepa.effects import effects
 from biojepa.cell_metrics import partial_spearman
 from biojepa.embedding_metrics import gene_set_neighbour, probe
-from biojepa.answers import Answers, answers, held_out, observed_effects
+from biojepa.answers import Answers, answers, check_predictor, held_out, observed_effects
 from biojepa.judge import CONTROLLED, _pairs_of, score_fold, wrong_names
 from biojepa.card import Card, _made_of
 from biojepa.scorecard import scorecard
@@ -770,10 +772,29 @@ def test_single_cell_pairs_have_controls_of_their_time():
     assert np.array_equal(control[0], treated[0]) and len(np.unique(treated[0])) == 2
 
 
-def test_card_gives_the_share_of_the_network_in_words():
+def test_card_gives_the_share_of_the_network_in_words(card, tmp_path):
     class Model:
+        predictor = "its network: a BioJEPA has an attribute of this name"
         def predict(self, cells, names, **setting): raise NotImplementedError
         def what_answers(self): return "the closed form alone; the network's share is 0.00"
 
     opened = Answers(Model())
-    assert _made_of({"base": [opened, (opened, opened)], "function": [len]}) == {"base": Model().what_answers()}
+    fitted = {"base": [opened, (opened, Model())], "function": [len]}
+    assert _made_of(fitted) == {"base": Model().what_answers()}
+    words = {"perfect": "<b> alone", "ridge": "a baseline has no such line"}
+    own = Card(card.per_perturbation, n_boot=20, controls=card.controls, made_of=words)
+    page = own.to_html(tmp_path / "card.html").read_text()
+    assert "What answers for perfect: &lt;b&gt; alone." in page and page.count("What answers for") == 1
+    assert "Suspicious: perfect" in page and "suspicious, since it is above the ceiling" in page
+
+
+def test_card_of_a_fitted_model_names_what_answers_and_refuses_a_leak(screen, tmp_path):
+    cells, features, fold = screen
+    model = BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
+    both = {"one": model, "two": [model]}
+    page = scorecard(cells, fold, both, "none", metrics=["mse"], n_boot=20).to_html(tmp_path / "card.html")
+    for name in both:
+        line = f"What answers for {name}: {html.escape(model.what_answers())}."
+        assert line in page.read_text()
+    for given in (model, Answers(model)):
+        with pytest.raises(Leak): check_predictor(given, split(cells, "simulation", seed=1))
