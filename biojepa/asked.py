@@ -209,11 +209,12 @@ def _resolve_actions(self: BioJEPA, names, mode, dose, time, symbols):
     mode, dose, time = (
         _of_parts(k, v, own) for k, v in dict(mode=mode, dose=dose, time=time).items()
     )
-    warn_unknown(known)
     actions = [
         self._action("+".join(own.get(p, p) for p in written_parts(n)), mode, dose, time)
         for n in names
     ]
+    if self.model.config.preset == "v0_1": self.encode_actions(actions)
+    warn_unknown(known)
     check_actions(actions)
     strange = sorted({p.mode for a in actions for p in a.parts} - set(self.modes.values()))
     if strange and self.modes:

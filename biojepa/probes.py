@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 # %% ../nbs/67_probes.ipynb #c004
 from .patching import document
 from .cells import CONTROL, dense, part_modes, parts
-from .featurizers import as_table, encode_actions
+from .featurizers import as_table
 from .predictor import action_vector
 from .decoders import fit_decoders
 from .model import build
@@ -45,6 +45,7 @@ def _some_controls(cells, n):
     return np.sort(np.concatenate([rng.permutation(g.index)[:n] for _, g in groups]))
 
 def _action_embedding(net, context, actions):
+    if net.config.preset == "v0_1": return net.predictor.action(actions.target[:, 0])
     if net.config.preset != "base":
         return net.predictor.adapter(action_vector(actions, net.config.action_dim))
     # [P, A, K, D], [P, A, K]
@@ -72,7 +73,7 @@ def embeddings(
     context = net.context(x[None], total[None])
     said = [net.student(a, b) for a, b in zip(x.split(64), total.split(64))]
     cell = torch.cat([s.mean(1) if torch.is_tensor(s) else s[1].mean(1) for s in said])
-    asked = encode_actions([model._action(m, None, None) for m in names], model.genes, model.table)
+    asked = model.encode_actions([model._action(m, None, None) for m in names])
     action = _action_embedding(net, context, asked.to(device))
     def frame(v, index): return pd.DataFrame(v.float().cpu().numpy(), index)
     return dict(

@@ -728,11 +728,16 @@ def test_ceiling_on_real_cells_is_the_corrected_split_half(screen):
     cells, _, fold = screen
     real = cells.copy()
     del real.uns["truth"]
-    t = scorecard(real, fold, {}, ["mean"], metrics=["pearson_pert", "mse", "rank"], n_boot=20).table
+    card = scorecard(real, fold, {}, ["mean"], metrics=["pearson_pert", "mse", "rank"], n_boot=20)
+    t = card.table
     t = t[t.split == "unseen_gene"].set_index("metric")
-    assert list(t.ceiling_by[["pearson_pert", "mse", "rank"]]) == ["Spearman-Brown", "quarter", "split half"]
+    assert list(t.ceiling_by[["pearson_pert", "mse", "rank"]]) == ["Spearman-Brown", "quarter", "none"]
     r = t.split_half["pearson_pert"]
     assert np.isclose(t.ceiling["pearson_pert"], np.sqrt(2 * r / (1 + r)))
+    assert np.isnan(t.ceiling["rank"]) and "no ceiling known" in headline(card, "mean", "rank")
+    wide = card.wide(["pearson_pert", "rank"]).loc["unseen_gene"]
+    assert wide["rank"].drop("ceiling").notna().all() and np.isnan(wide["rank"]["ceiling"])
+    assert np.isclose(wide["rank"]["split_half"], t.split_half["rank"], atol=1e-3)
 
 
 def test_small_groups_are_counted_not_scored(card):

@@ -227,6 +227,16 @@ def test_features_fit_score_page_predict(cells, annotations, tmp_path):
     assert "support 1.00" in shell(*asked, "--features", tmp_path / "g")
 
 
+def test_the_first_versions_begin_from_a_file_of_gene_sets(cells, tmp_path):
+    genes = list(anndata.read_h5ad(cells).var_names)
+    rows = [f"set {k}\tmade up\t" + "\t".join(genes[5 * k : 5 * k + 6]) for k in range(7)]
+    (tmp_path / "sets.gmt").write_text("\n".join(rows))
+    common = ["--gene-sets", tmp_path / "sets.gmt", "--steps", 4, "--no-progress", "--device", "cpu"]
+    for preset, more in (("v0_1", []), ("v0_2", ["--pretraining-steps", 3])):
+        out = shell("fit", cells, "--out", tmp_path / preset, "--preset", preset, *common, *more)
+        assert "pathways begun from 7 gene sets, such as 'set 0'" in out
+
+
 def test_features_of_proteins_under_old_names(cells, tmp_path):
     """A gene that was renamed since the screen is found by HGNC's table; one without a chain has
     no row."""
