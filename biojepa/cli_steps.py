@@ -25,7 +25,7 @@ from biojepa.cli_options import (
 # %% ../nbs/83_cli_steps.ipynb #c006
 FEATURES = typer.Option(
     None,
-    help="Features of targets (npz with symbol and emb, parquet, csv, or a folder of them); "
+    help="Features of targets (csv, tsv, parquet, npz with symbol and emb, or a folder of them); "
     "may be repeated.",
 )
 SEED = typer.Option(0, help="Seed of everything random.")
@@ -62,14 +62,18 @@ def prepare_command(
 def _column(path, *wanted):
     "Name -> text of a csv or tsv; names are in a column `name`, or in the first other one."
     import pandas as pd
-    with naming(path): table = pd.read_csv(path, sep=None, engine="python", dtype=str)
+    from biojepa.labels import missing, written_parts
+    with naming(path): table = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
     known = {str(c).lower(): c for c in table}
     text = next((known[w] for w in wanted if w in known), None)
     if text is None: raise ValueError(f"{path} has no column {wanted[0]}; it has {list(table)}")
-    others = [c for c in table if c != text]
-    if not others: raise ValueError(f"{path} has no column of names beside {text!r}")
-    name = known.get("name", others[0])
-    return table.dropna(subset=[name, text]).set_index(name)[text].to_dict()
+    name = known.get("name", next((c for c in table if c != text), None))
+    if name is None: raise ValueError(f"{path} has no column of names beside {text!r}")
+    own = table[~missing(table[name]) & ~missing(table[text])]
+    own = own.assign(name=["+".join(written_parts(n)) for n in own[name]], text=own[text].str.strip())
+    own = own[["name", "text"]].drop_duplicates()
+    for n in own.name[own.name.duplicated()]: raise ValueError(f"{path}: {n!r} has two {text}; keep one of them")
+    return own.set_index("name").text.to_dict()
 
 def _asked(known, names, path):
     "What a file has of the names."

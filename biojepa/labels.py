@@ -110,7 +110,7 @@ def written_parts(
     name = str(name)
     if "+" not in name: return [name.strip()]
     pieces = _split(name, "+")
-    if all(pieces) and not _joint(pieces): return [whole_name(name)]
+    if all(pieces) and not _joint(p for p in pieces if p.lower() not in NOTHING): return [whole_name(name)]
     return [whole_name(p) for p in pieces]
 
 def parts(
