@@ -14,7 +14,7 @@ from anndata import AnnData
 
 # %% ../nbs/58_asked.ipynb #c004
 from .cells import CONTROL, MODES, part_modes, parts
-from .labels import written_parts
+from .labels import whole_name, written_parts
 from .patching import document, patch
 from .effects import conditions, control_means
 from .perturbations import Action, BadAction, _each
@@ -199,6 +199,9 @@ def _resolve_actions(self: BioJEPA, names, mode, dose, time, symbols):
 
     Warns of strangers.
     """
+    # a label that training held whole is whole: 'A plus B' of sep=None
+    whole = {n: whole_name(n) for n in names}
+    names = [whole[n] if whole[n] in self.modes else n for n in names]
     # a label that cannot be meant is refused first
     for n in names: Action.parse(n)
     known = known_targets(targets_of(names), self.table, self._seen(), symbols, self.genes)

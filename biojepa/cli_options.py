@@ -137,7 +137,7 @@ SCREEN |= dict(
 # %% ../nbs/82_cli_options.ipynb #d015
 FEATURES = typer.Option(
     None,
-    help="Features of targets (npz with symbol and emb, parquet, csv, or a folder of them); "
+    help="Features of targets (csv, tsv, parquet, npz with symbol and emb, or a folder of them); "
     "may be repeated.",
 )
 SEED = typer.Option(0, help="Seed of everything random.")

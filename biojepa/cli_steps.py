@@ -53,14 +53,18 @@ def prepare_command(
 def _column(path, *wanted):
     "Name -> text of a csv or tsv; names are in a column `name`, or in the first other one."
     import pandas as pd
-    with naming(path): table = pd.read_csv(path, sep=None, engine="python", dtype=str)
+    from biojepa.labels import missing, written_parts
+    with naming(path): table = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
     known = {str(c).lower(): c for c in table}
     text = next((known[w] for w in wanted if w in known), None)
     if text is None: raise ValueError(f"{path} has no column {wanted[0]}; it has {list(table)}")
-    others = [c for c in table if c != text]
-    if not others: raise ValueError(f"{path} has no column of names beside {text!r}")
-    name = known.get("name", others[0])
-    return table.dropna(subset=[name, text]).set_index(name)[text].to_dict()
+    name = known.get("name", next((c for c in table if c != text), None))
+    if name is None: raise ValueError(f"{path} has no column of names beside {text!r}")
+    own = table[~missing(table[name]) & ~missing(table[text])]
+    own = own.assign(name=["+".join(written_parts(n)) for n in own[name]], text=own[text].str.strip())
+    own = own[["name", "text"]].drop_duplicates()
+    for n in own.name[own.name.duplicated()]: raise ValueError(f"{path}: {n!r} has two {text}; keep one of them")
+    return own.set_index("name").text.to_dict()
 
 def _asked(known, names, path):
     "What a file has of the names."
@@ -212,7 +216,7 @@ def make_features(
     check_folder(out, files, [f"{n}.parquet" for n in found])
     for n, frame in found.items(): write_source(out/f"{n}.parquet", frame, targets)
 
-# %% ../nbs/83_cli_steps.ipynb #c027
+# %% ../nbs/83_cli_steps.ipynb #c025
 def load_model(
     folder: Path, # that `fit` wrote
 ): # BioJEPA, or a model of signatures
@@ -220,7 +224,7 @@ def load_model(
     from biojepa.estimator import BioJEPA
     with naming(folder): return BioJEPA.load(folder)
 
-# %% ../nbs/83_cli_steps.ipynb #c029
+# %% ../nbs/83_cli_steps.ipynb #c027
 @app.command("predict")
 def predict_command(
     model: Path = typer.Argument(..., help="Folder that `fit` wrote."),
@@ -255,7 +259,7 @@ def predict_command(
     for line in largest_changes(answer): typer.echo(line)
     typer.echo(f"{out}: layers {', '.join(answer.layers)}{_who(fitted)}")
 
-# %% ../nbs/83_cli_steps.ipynb #c030
+# %% ../nbs/83_cli_steps.ipynb #c028
 def _who(model):
     "Which part of a model of cells answered, as the end of a line."
     from biojepa.demo import who_answers
@@ -273,7 +277,7 @@ def largest_changes(
             f"{', '.join(size[name].nlargest(n).index)}"
         )
 
-# %% ../nbs/83_cli_steps.ipynb #c033
+# %% ../nbs/83_cli_steps.ipynb #c031
 def model_names(
     folders: list, # of models
     taken=(), # names that are not free: the baselines
@@ -293,7 +297,7 @@ def model_names(
         ))
     return out
 
-# %% ../nbs/83_cli_steps.ipynb #c035
+# %% ../nbs/83_cli_steps.ipynb #c033
 @app.command("score")
 def score_command(
     cells: Path = typer.Argument(..., help="Prepared cells, h5ad."),
@@ -330,5 +334,5 @@ def score_command(
     if page: save(page, card.to_html)
     typer.echo(f"{out}; open {page}" if page else str(out))
 
-# %% ../nbs/83_cli_steps.ipynb #c038
+# %% ../nbs/83_cli_steps.ipynb #c036
 document(globals())

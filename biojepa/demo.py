@@ -218,7 +218,7 @@ def perfect_scores(
         out |= {g: round(float(v), 3) for g, v in zip(table.split, table.value)}
     return out
 
-# %% ../nbs/81_demo.ipynb #d029
+# %% ../nbs/81_demo.ipynb #c030
 def name_rows(
     table, # DataFrame with `model` as a level of its index or as its index
     facts: dict, # of `run_demo`: settings, parameters
@@ -232,7 +232,7 @@ def name_rows(
         names[model] = f"{model} ({facts['parameters'][model]:,} parameters, {steps} steps)"
     return table.rename(index=names, level="model")
 
-# %% ../nbs/81_demo.ipynb #c030
+# %% ../nbs/81_demo.ipynb #c033
 def strongest(
     predicted, # of `predict_held_out`
 ) -> list: # row names, one per kind of split
@@ -242,14 +242,14 @@ def strongest(
     rows = [np.flatnonzero(kinds == k) for k in dict.fromkeys(kinds)]
     return [predicted.obs_names[r[size[r].argmax()]] for r in rows]
 
-# %% ../nbs/81_demo.ipynb #c032
+# %% ../nbs/81_demo.ipynb #c035
 HEAD = (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width"><title>biojepa: scores</title>'
 )
 FLATTERING = "global|pearson_top20|r2_|shift"  # metrics that compare expression, not change
 
-# %% ../nbs/81_demo.ipynb #c033
+# %% ../nbs/81_demo.ipynb #c036
 def plot_card(
     card, # of `scorecard`
 ): # matplotlib Figure
@@ -257,7 +257,7 @@ def plot_card(
     known = set(card.table.dropna(subset="value").metric)
     return card.plot([m for m in ("pearson_delta", "pearson_pert", "rank") if m in known])
 
-# %% ../nbs/81_demo.ipynb #c035
+# %% ../nbs/81_demo.ipynb #c038
 def write_page(
     path, # html
     card, # of `scorecard`
@@ -290,7 +290,7 @@ from halves of real ones.</p>
         encoding="utf-8",
     )
 
-# %% ../nbs/81_demo.ipynb #c037
+# %% ../nbs/81_demo.ipynb #c040
 RESULTS = (
     "index.html",
     "scores.csv",
@@ -332,5 +332,5 @@ def _save_picture(figure, path):
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
-# %% ../nbs/81_demo.ipynb #c040
+# %% ../nbs/81_demo.ipynb #c043
 document(globals())

@@ -179,7 +179,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, plan, device, progress
     if progress: print(f"What answers: {self.what_answers()}")
     return self
 
-# %% ../nbs/59_estimator.ipynb #d016
+# %% ../nbs/59_estimator.ipynb #c016
 @patch
 def _announce(self: BioJEPA, seen, stages, yes, device, progress):
     "Say what a large fit will cost, and refuse what nobody can have meant."
@@ -195,7 +195,7 @@ def _only_cells(sets, size, epochs):
     if size != "small" or epochs is not None:
         raise ValueError("a model of signatures has one size: leave size= and epochs= out")
 
-# %% ../nbs/59_estimator.ipynb #c022
+# %% ../nbs/59_estimator.ipynb #c024
 def _names(names):
     "A list of labels. Raises BadAction for none, and for what is no text."
     if isinstance(names, str): return [names]
@@ -207,7 +207,7 @@ def _names(names):
     if odd: raise BadAction(f"{odd[0]!r} is not a label: names of perturbations are texts")
     return [str(n) for n in names]
 
-# %% ../nbs/59_estimator.ipynb #c025
+# %% ../nbs/59_estimator.ipynb #c027
 TOP = float(np.log1p(1e4))  # the largest log1p of counts per 10,000: all counts on one gene
 
 @patch
@@ -235,7 +235,7 @@ def _rows(self: BioJEPA, cells, names, cell_type, mode, dose, time, symbols):
         )
     return actions * len(types), obs
 
-# %% ../nbs/59_estimator.ipynb #c027
+# %% ../nbs/59_estimator.ipynb #c029
 @patch
 def predict(
     self: BioJEPA,
@@ -271,7 +271,7 @@ def predict(
     out = self._answer(cells, obs, delta, std)
     return self._as_cells(cells, out, cells_out) if cells_out else out
 
-# %% ../nbs/59_estimator.ipynb #c028
+# %% ../nbs/59_estimator.ipynb #c030
 @patch
 def _answer(self: BioJEPA, cells, obs, delta, std):
     "The AnnData of a prediction."
@@ -304,7 +304,7 @@ def _as_cells(self: BioJEPA, cells, rows, n):
         np.concatenate(blocks).astype(np.float32), obs=obs, var=rows.var, uns=dict(rows.uns)
     )
 
-# %% ../nbs/59_estimator.ipynb #c043
+# %% ../nbs/59_estimator.ipynb #c045
 def _without_nan(history):
     "A history as JSON can hold it: column -> list, None where nothing was measured."
     return history.astype(object).where(history.notna(), None).to_dict("list")
@@ -338,7 +338,7 @@ def save(self: BioJEPA,
 
 OWN = ("genes", "modes", "time", "gate", "stretch", "seed", "gene_hash")  # as they are
 
-# %% ../nbs/59_estimator.ipynb #c044
+# %% ../nbs/59_estimator.ipynb #c046
 def _tensors(arrays, prefix): return {k: torch.tensor(v) for k, v in below(arrays, prefix).items()}
 
 def _read_network(arrays, facts):
@@ -355,7 +355,7 @@ def _read_network(arrays, facts):
     put_weights(shapes, weights)
     return put_weights(build(config), weights).eval()
 
-# %% ../nbs/59_estimator.ipynb #c045
+# %% ../nbs/59_estimator.ipynb #c047
 @patch(cls_method=True)
 def load(cls: BioJEPA,
     folder: str | Path, # a folder that `save` or `fit(out=...)` wrote
@@ -395,5 +395,5 @@ def _load_parts(self: BioJEPA, arrays, facts):
         put_weights(Decoder(*shape), _tensors(arrays, f"decoder{i}.")) for i in range(2)
     )
 
-# %% ../nbs/59_estimator.ipynb #c054
+# %% ../nbs/59_estimator.ipynb #c056
 document(globals())
