@@ -21,6 +21,7 @@ from torch import Tensor
 from .cells import MODES, parts
 from .patching import document, patch
 from .perturbations import Action
+from .variants import gene_of
 
 # %% ../nbs/21_featurizers.ipynb #c017
 class BadFeatures(ValueError):
@@ -327,7 +328,7 @@ def encode_actions(
         mode=fill(lambda p: MODES.index(p.mode), 'int64'),
         dose=fill(lambda p: p.dose, 'float32'),
         time=fill(lambda p: np.nan_to_num(p.time), 'float32'),
-        target=fill(lambda p: gene_row.get(p.target, -1), 'int64', -1),
+        target=fill(lambda p: gene_row.get(gene_of(p.target), -1), 'int64', -1),
         mask=fill(lambda p: True, bool),
     )
 
