@@ -14,6 +14,7 @@ from anndata import AnnData
 
 # %% ../nbs/58_asked.ipynb #c004
 from .cells import CONTROL, MODES, part_modes, parts
+from .labels import whole_name, written_parts
 from .patching import document, patch
 from .effects import conditions, control_means
 from .perturbations import Action, BadAction, _each
@@ -56,7 +57,7 @@ def _action(self: BioJEPA, name, mode, dose, time=None):
         else "CRISPRi"
     )
     if name == CONTROL: return Action(())
-    written = [p.strip() for p in name.split("+")]
+    written = written_parts(name)
     def each(value, default):
         own = (
             [value.get(p) for p in written]
@@ -201,6 +202,9 @@ def _resolve_actions(self: BioJEPA, names, mode, dose, time, symbols):
 
     Warns of strangers.
     """
+    # a label that training held whole is whole: 'A plus B' of sep=None
+    whole = {n: whole_name(n) for n in names}
+    names = [whole[n] if whole[n] in self.modes else n for n in names]
     # a label that cannot be meant is refused first
     for n in names: Action.parse(n)
     known = known_targets(targets_of(names), self.table, self._seen(), symbols, self.genes)
@@ -208,11 +212,12 @@ def _resolve_actions(self: BioJEPA, names, mode, dose, time, symbols):
     mode, dose, time = (
         _of_parts(k, v, own) for k, v in dict(mode=mode, dose=dose, time=time).items()
     )
-    warn_unknown(known)
     actions = [
-        self._action("+".join(own.get(p.strip(), p) for p in n.split("+")), mode, dose, time)
+        self._action("+".join(own.get(p, p) for p in written_parts(n)), mode, dose, time)
         for n in names
     ]
+    if self.model.config.preset == "v0_1": self.encode_actions(actions)
+    warn_unknown(known)
     check_actions(actions)
     strange = sorted({p.mode for a in actions for p in a.parts} - set(self.modes.values()))
     if strange and self.modes:
@@ -234,6 +239,7 @@ def _of_parts(what, value, own):
     Raises BadAction for one that was not asked for.
     """
     if not isinstance(value, dict): return value
+    value = {"+".join(written_parts(t)): x for t, x in value.items()}
     odd = [t for t in value if t not in own and t not in own.values()]
     if odd:
         raise BadAction(

@@ -70,10 +70,13 @@ def ceiling_of(
     metric, # a Metric
     statistic, # of the row
 ) -> tuple: # values of the ceiling [P] or [P, K], and where they come from
-    "The noise-free truth where it is known, the corrected split half, or the split half."
+    """The noise-free truth where it is known, or the corrected split half.
+
+    Where neither is there, the split half itself, by "none".
+    """
     if len(_known(blocks["ceiling"])): return blocks["ceiling"], "truth"
     half = blocks["split_half"]
-    if metric.ceiling is None or not len(_known(half)): return half, "split half"
+    if metric.ceiling is None or not len(_known(half)): return half, "none"
     mean = float(statistic(_known(half), axis=0))
     by = "Spearman-Brown" if metric.unit == "correlation" else "quarter"
     return half + (float(metric.ceiling(mean)) - mean), by
@@ -84,7 +87,7 @@ def suspicious(
     metric, # a Metric
 ) -> bool: # never for a metric whose ceiling is not known
     "Is this score above what a noise-free predictor reaches?"
-    if metric.ceiling is None or scale["ceiling_by"] == "split half": return False
+    if metric.ceiling is None or scale["ceiling_by"] == "none": return False
     room = BEYOND * abs(scale["ceiling"] - scale["floor"])
     return bool(sign(metric) * (value - scale["ceiling"]) > room)
 
@@ -149,6 +152,7 @@ def _metric_rows(wide, runs, models, baselines, shown, n_boot, seed):
     scale = {k: value[k] for k in SCALE} | dict(ceiling_by=by)
     scale |= verdict({k: blocks[k] for k in SCALE}, metric, statistic, n_boot, seed)
     scale |= _best(value, metric, baselines)
+    if by == "none": scale["ceiling"] = np.nan
     for m in models:
         own = _known(blocks[m])
         if not np.isfinite(value[m]): continue
@@ -202,7 +206,7 @@ class Card:
         effects: dict | None = None, # model -> predicted effects, rows x genes
         baselines=None, # models that are baselines; None: those named like one of ALL_BASELINES
         probes: pd.DataFrame | None = None, # of `biojepa.probes.probes`
-        made_of: dict | None = None, # model -> what its effects are made of, in words
+        made_of: dict | None = None, # model -> what its predictions are made of, in words
     ):
         self.per_perturbation = per_perturbation
         self.n_boot = n_boot
@@ -250,7 +254,7 @@ def notes(self: Card) -> list: # sentences
         )
     return out
 
-# %% ../nbs/67_card.ipynb #c026
+# %% ../nbs/67_card.ipynb #c028
 @patch
 def plot(self: Card,
     metrics=("pearson_delta", "pearson_pert", "rank"), # panels from left to right
@@ -262,19 +266,23 @@ def plot(self: Card,
 def wide(self: Card,
     metrics=("pearson_delta", "pearson_pert", "pearson_delta_top20", "rank", "mse"), # columns
 ) -> pd.DataFrame: # models, then floor and ceiling, per split
-    "A table to read; a group of fewer than five perturbations is one row without scores."
+    """A table to read; a group of fewer than five perturbations is one row without scores.
+
+    Where the ceiling of a metric is not known, the split half has a row too.
+    """
     every = self.table[self.table.metric.isin(metrics)]
     names = [m for m in metrics if m in set(every.metric)]
     size = every.groupby("split", sort=False).n.max()
     t = enough(every)
     blocks = [t.set_index(["split", "model", "metric"]).value.unstack()] if len(t) else []
-    for k in ENDS if len(t) else ():
+    ends = ("floor", "split_half", "ceiling") if t.ceiling.isna().any() else ENDS
+    for k in ends if len(t) else ():
         end = t.groupby(["split", "metric"])[k].first().unstack()
         blocks.append(end.assign(model=k).set_index("model", append=True))
     order = []
     for s in size.index:
         if size[s] < FEW: order.append((s, f"{_count(size[s])}, too few"))
-        else: order += [(s, m) for m in (*dict.fromkeys(every.model), *ENDS)]
+        else: order += [(s, m) for m in (*dict.fromkeys(every.model), *ends)]
     order = pd.MultiIndex.from_tuples(order, names=["split", "model"])
     out = pd.concat(blocks).reindex(order) if blocks else pd.DataFrame(np.nan, order, names)
     out = out.reindex(columns=names).rename_axis(columns="metric")
@@ -283,7 +291,7 @@ def wide(self: Card,
 
 def _count(n): return f"{n} perturbation{'s' if n != 1 else ''}"
 
-# %% ../nbs/67_card.ipynb #c028
+# %% ../nbs/67_card.ipynb #c030
 @patch
 def verdict(self: Card) -> pd.DataFrame: # rows (split, metric)
     "What each metric can tell here: its ends, the best baseline, range and discrimination."
@@ -293,7 +301,7 @@ def verdict(self: Card) -> pd.DataFrame: # rows (split, metric)
     ]
     return self.table.groupby(["split", "metric"], sort=False)[keep].first()
 
-# %% ../nbs/67_card.ipynb #c031
+# %% ../nbs/67_card.ipynb #c033
 def _labelled(table, fold):
     "Models named (name, seed) become a model and a run."
     pairs = [m if isinstance(m, tuple) else (m, 0) for m in table.model]
@@ -327,11 +335,11 @@ def one_fold(
     out["effects"] = {k[0] if isinstance(k, tuple) else k: v for k, v in firsts.items()}
     return out
 
-# %% ../nbs/67_card.ipynb #c032
+# %% ../nbs/67_card.ipynb #c034
 def _made_of(
     fitted, # name -> list with a predictor per fold, each one or a tuple of seeds
 ):
-    "What the effects of each model are made of, in words, where it has `what_answers`."
+    "What the predictions of each model are made of, in words, where it has `what_answers`."
     out = {}
     for name, many in fitted.items():
         first = [p[0] if isinstance(p, tuple) else p for p in many]
@@ -340,7 +348,7 @@ def _made_of(
         if words: out[name] = "; in another fold, ".join(dict.fromkeys(words))
     return out
 
-# %% ../nbs/67_card.ipynb #c034
+# %% ../nbs/67_card.ipynb #c036
 def card_of(
     cells, # prepared cells
     splits: list, # Splits, one per fold
@@ -363,5 +371,5 @@ def card_of(
     words = _made_of({n: p for n, p in fitted.items() if n not in baselines})
     return Card(scores, n_boot, seed, tried, predicted, baselines, made_of=words)
 
-# %% ../nbs/67_card.ipynb #c038
+# %% ../nbs/67_card.ipynb #c039
 document(globals())

@@ -67,7 +67,7 @@ SET = dict(best="low", floor="no_change")
 
 @metric("energy", unit="log1p", **SET)
 def energy(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], log1p
     """Energy distance 2E|x-y| - E|x-x'| - E|y-y'| of predicted and treated cells in at most 50
     principal components; predicted cells are control cells plus d_hat. Unbiased (Szekely and Rizzo
@@ -76,7 +76,7 @@ def energy(
 
 @metric("mmd", unit="share", **SET)
 def mmd(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], 2 at most
     """Squared maximum mean discrepancy of the same sets, with Gaussian kernels of 0.5, 1 and 2
     times the median distance between treated cells. Unbiased (Gretton et al. 2012)."""
@@ -86,7 +86,7 @@ def mmd(
 REFERENCE = 500 # control cells of a test at most
 
 def differential(
-    case: Case, # with control and treated cells
+    case: Case, # with control and treated cells (log1p)
 ) -> tuple[np.ndarray, np.ndarray]: # significant bool [P, G], log2 fold change [P, G]
     "Wilcoxon rank-sum test of every perturbation's treated cells against control cells, by scanpy."
     control = np.unique(np.concatenate(case.control), axis=0)
@@ -138,7 +138,7 @@ def _share(size, hit):
 
 @metric("de_overlap", unit="share", **DE)
 def de_overlap(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], 0 to 1
     """Of the n genes that are differentially expressed (Wilcoxon, false discovery rate 5 %,
     scanpy), the share among the n with the largest |d_hat|."""
@@ -146,7 +146,7 @@ def de_overlap(
 
 @metric("de_auprc", unit="area", **DE)
 def de_auprc(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], 0 to 1
     """Area under the precision-recall curve (average precision, scikit-learn) of finding these
     genes by |d_hat|. Chance is their share of all genes."""
@@ -155,7 +155,7 @@ def de_auprc(
 # %% ../nbs/64_cell_metrics.ipynb #c021
 @metric("de_direction", unit="share", **DE)
 def de_direction(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], 0 to 1
     """Share of these genes whose predicted change has the sign of their log fold change;
     predicting none counts half."""
@@ -164,7 +164,7 @@ def de_direction(
 
 @metric("de_lfc", **DE)
 def de_lfc(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], -1 to 1
     """Spearman correlation over these genes, if there are three or more, of d_hat and the log fold
     change."""
@@ -193,7 +193,7 @@ for level in LEVELS:
 # %% ../nbs/64_cell_metrics.ipynb #c025
 @metric("coverage_90", best="", unit="share")
 def coverage_90(
-    case: Case, # with predicted and observed effects, their std, and their sem where it is known
+    case: Case, # with both effects (log1p), their std, and their sem where it is known
 ) -> np.ndarray: # [P], 0 to 1
     """Share of genes whose observed change lies within d_hat +- 1.645 sqrt(std^2 + sem^2), sem
     being its own standard error where it is known. Should be 0.9; neither high nor low is good."""
@@ -201,14 +201,14 @@ def coverage_90(
 
 @metric("uncertainty", **QUANTITY)
 def uncertainty(
-    case: Case, # with predicted standard deviations
+    case: Case, # with predicted standard deviations (log1p)
 ) -> np.ndarray: # [P], log1p
     "Mean over genes of the predicted standard deviation."
     return case.nothing() if case.std is None else case.std.mean(1)
 
 @metric("error", **QUANTITY)
 def error(
-    case: Case, # with predicted and observed effects
+    case: Case, # with predicted and observed effects (log1p)
 ) -> np.ndarray: # [P], log1p
     "Mean over genes of |d_hat - d|, the absolute error of the predicted change."
     return np.abs(case.predicted - case.observed).mean(1)
@@ -270,7 +270,7 @@ over(
     ceiling=METRICS["mse"].ceiling,
 )
 def interaction_error(
-    case: Case, # with predicted and observed effects and the sums of the singles
+    case: Case, # with predicted and observed effects (log1p) and the sums of the singles
 ) -> np.ndarray: # [P], 0 or more
     """Pairs whose singles were both seen: sum over genes of (d_hat - d)^2, divided by the same for
     the sum of the observed singles. 1 is as good as additive, 0 is perfect. Ceiling: a quarter of

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEATURES', 'SEED', 'PROGRESS', 'DEVICE', 'GO', 'PROTEINS', 'SMILES', 'SEQUENCES', 'ESM2', 'ALIASES', 'FITTED', 'KIND',
-           'CONTEXT', 'STEPS', 'PRETRAINING', 'size_of', 'prepare_command', 'sources_of', 'targets_of', 'write_source',
-           'make_features', 'fit_command', 'load_model', 'predict_command', 'largest_changes', 'model_names',
-           'score_command']
+           'CONTEXT', 'STEPS', 'PRETRAINING', 'GENE_SETS', 'size_of', 'prepare_command', 'sources_of', 'targets_of',
+           'write_source', 'make_features', 'fit_command', 'load_model', 'predict_command', 'largest_changes',
+           'model_names', 'score_command']
 
 # %% ../nbs/83_cli_steps.ipynb #c003
 import json, warnings
@@ -25,7 +25,7 @@ from biojepa.cli_options import (
 # %% ../nbs/83_cli_steps.ipynb #c006
 FEATURES = typer.Option(
     None,
-    help="Features of targets (npz with symbol and emb, parquet, csv, or a folder of them); "
+    help="Features of targets (csv, tsv, parquet, npz with symbol and emb, or a folder of them); "
     "may be repeated.",
 )
 SEED = typer.Option(0, help="Seed of everything random.")
@@ -62,14 +62,18 @@ def prepare_command(
 def _column(path, *wanted):
     "Name -> text of a csv or tsv; names are in a column `name`, or in the first other one."
     import pandas as pd
-    with naming(path): table = pd.read_csv(path, sep=None, engine="python", dtype=str)
+    from biojepa.labels import missing, written_parts
+    with naming(path): table = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
     known = {str(c).lower(): c for c in table}
     text = next((known[w] for w in wanted if w in known), None)
     if text is None: raise ValueError(f"{path} has no column {wanted[0]}; it has {list(table)}")
-    others = [c for c in table if c != text]
-    if not others: raise ValueError(f"{path} has no column of names beside {text!r}")
-    name = known.get("name", others[0])
-    return table.dropna(subset=[name, text]).set_index(name)[text].to_dict()
+    name = known.get("name", next((c for c in table if c != text), None))
+    if name is None: raise ValueError(f"{path} has no column of names beside {text!r}")
+    own = table[~missing(table[name]) & ~missing(table[text])]
+    own = own.assign(name=["+".join(written_parts(n)) for n in own[name]], text=own[text].str.strip())
+    own = own[["name", "text"]].drop_duplicates()
+    for n in own.name[own.name.duplicated()]: raise ValueError(f"{path}: {n!r} has two {text}; keep one of them")
+    return own.set_index("name").text.to_dict()
 
 def _asked(known, names, path):
     "What a file has of the names."
@@ -231,6 +235,8 @@ CONTEXT = typer.Option(None, help="Cell type to hold out, for unseen_context; ma
 STEPS = typer.Option(None, help="Of the action-conditioned stage; as in Python without it.")
 PRETRAINING = typer.Option(None, help="Of the action-free stage; as in Python without it.")
 
+GENE_SETS = typer.Option(None, help="GMT file that the pathways of v0_2 and v0_1 begin from.")
+
 def _steps(n): return None if n is None else dict(steps=n)
 
 def _one_or_list(values):
@@ -244,12 +250,13 @@ def fit_command(
     out: Path = typer.Option(..., help="Folder for the model; a killed run goes on."),
     kind: str = KIND,
     context: Optional[List[str]] = CONTEXT,
-    preset: str = typer.Option("base", help="base, v0_3 or v0_2."),
+    preset: str = typer.Option("base", help="base, v0_3, v0_2 or v0_1."),
     features: Optional[List[Path]] = FEATURES,
     network: bool = typer.Option(True, help="Or the closed form alone, in seconds."),
     seed: int = SEED,
     steps: Optional[int] = STEPS,
     pretraining_steps: Optional[int] = PRETRAINING,
+    gene_sets: Optional[Path] = GENE_SETS,
     device: Optional[str] = DEVICE,
     progress: bool = PROGRESS,
 ):
@@ -257,7 +264,7 @@ def fit_command(
 
     Example: biojepa fit cells.h5ad --out runs/base --split unseen_gene --features go.npz
     """
-    check_folder(out, [cells, *(features or ())], FITTED)
+    check_folder(out, [p for p in (cells, gene_sets, *(features or ())) if p], FITTED)
     from biojepa.demo import who_answers
     from biojepa.estimator import BioJEPA
     from biojepa.splits import split
@@ -266,9 +273,10 @@ def fit_command(
     held_out = split(data, kind, seed, context=_one_or_list(context))
     how = dict(preset=preset, features=table, seed=seed, out=out, device=device, progress=progress)
     stages = dict(pretraining=_steps(pretraining_steps), training=_steps(steps))
-    model = BioJEPA.fit(data, held_out, network=network, **how, **stages)
+    model = BioJEPA.fit(data, held_out, network=network, gene_sets=gene_sets, **how, **stages)
     typer.echo(f"{out}: model.safetensors, model.json")
-    if hasattr(model, "gate"): typer.echo(who_answers([model.gate], preset))
+    if preset != "base": typer.echo(f"What answers: {model.what_answers()}")
+    elif hasattr(model, "gate"): typer.echo(who_answers([model.gate], preset))
 
 # %% ../nbs/83_cli_steps.ipynb #c027
 def load_model(

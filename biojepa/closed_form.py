@@ -301,6 +301,7 @@ def state(self: ClosedForm) -> tuple[dict, dict]: # arrays, and facts that JSON 
     "Everything that `from_state` needs."
     arrays = dict(extra=self.errors.extra, interaction_weights=self.interaction_weights)
     arrays["new_lines.extra"] = self.new_lines.extra
+    arrays |= dict(truth=self.truth, held_out=self.held_out)
     arrays |= {f"control.{c}": x for c, x in self.control.items()}
     errors, lines = self.errors, self.new_lines
     facts = dict(
@@ -340,6 +341,7 @@ def from_state(cls: ClosedForm,
     self.new_lines = lines = NewLines({c: self.control[c] for c in sorted(set(self.contexts))})
     lines.share, lines.typical_distance, lines.relative = facts["new_lines"]
     lines.extra = arrays["new_lines.extra"]
+    self.truth, self.held_out = arrays["truth"], arrays["held_out"]
     self.left_out = None
     return self
 

@@ -69,7 +69,7 @@ def _on_gene_sets(case, f):
 
 @metric("gene_set_gap")
 def _gap(
-    case: Case, # with predicted effects, the training mean and gene sets
+    case: Case, # with predicted effects (log1p), the training mean and gene sets
 ) -> np.ndarray: # [P], -2 to 2
     """Mean cosine of the centred predicted effect (d_hat - m) with those of tested perturbations
     that share a pathway, minus the mean cosine with the rest."""
@@ -77,7 +77,7 @@ def _gap(
 
 @metric("gene_set_neighbour", unit="share")
 def _neighbour(
-    case: Case, # with predicted effects, the training mean and gene sets
+    case: Case, # with predicted effects (log1p), the training mean and gene sets
 ) -> np.ndarray: # [P], 0 to 1
     """Share of perturbations whose nearest neighbour among the tested, by cosine of the centred
     predicted effects, shares a pathway."""

@@ -21,16 +21,17 @@ from .cells import BadCells, CONTROL, MODES, add_mode, check, dense, gene_hash, 
 from .patching import document, patch
 from .effects import control_means
 from .splits import Split, check_split
+from .gene_sets import BadGeneSets, describe_start, read_gene_sets, sets_hash
 from .signatures import is_signature
 from .perturbations import BadAction
 from .featurizers import FeatureTable, MissingFeatures, as_table
 from .symbols import Symbols
 from .predictor import grow_modes, renumber_modes
 from .decoders import Decoder
-from .model import ModelConfig, WorldModel, build, configure
+from .model import ModelConfig, WorldModel, begin_pathways, build, configure
 from .closed_form import ClosedForm
 from .loop import BadModel, pick_device, pick_precision
-from .pretraining import PretrainConfig
+from .pretraining import PretrainConfig, stage_options
 from .training import TrainConfig
 from .saved import below, number, put_weights, read_model, reading, text_apart, write_model
 from .signature_model import SignatureModel
@@ -47,6 +48,14 @@ def _fit_table(features, split):
     if table.fitted_on is None: table = table.fit(targets_of(split.train))
     split.check_features(table)
     return table
+
+def _configure(preset, cells, split, table, sets, model):
+    "The configuration of a fit, and the first weights of its pathways or None."
+    own = {}
+    if preset == "base" and table is not None: own = dict(feature_dims=tuple(table.dims.values()))
+    if preset == "v0_1": own = dict(perturbations=tuple(split.train))
+    config = configure(preset, cells.n_vars, **{**SMALL, **own, **(model or {})})
+    return begin_pathways(config, sets, cells.var_names) if sets else (config, None)
 
 def _reference(model, cells):
     "Give `base` the mean and standard deviation of each gene over control cells."
@@ -92,7 +101,7 @@ def _former(former):
 def fit(cls: BioJEPA,
     cells: AnnData, # prepared cells (`prepare`), with controls
     split, # a Split; only its training perturbations train, its validation perturbations choose
-    preset: str = "base", # or 'v0_3', 'v0_2'
+    preset: str = "base", # or 'v0_3', 'v0_2', 'v0_1'
     features=None, # DataFrame, dict of them, file(s) or FeatureTable: one row per target
     seed: int = 0, # of weights, cells, masks
     out=None, # folder for checkpoints and the result; a run that was killed goes on from there
@@ -105,6 +114,7 @@ def fit(cls: BioJEPA,
     pretraining: dict | None = None, # fields of PretrainConfig; {'steps': 0} skips the stage
     training: dict | None = None, # fields of TrainConfig
     closed_form_options: dict | None = None, # arguments of ClosedForm
+    gene_sets=None, # GMT file or dict, name -> genes: what the pathways of v0_2 and v0_1 begin from
     **former, # `floor`, the former name of closed_form
 ): # BioJEPA
     """Both stages and the closed form.
@@ -114,21 +124,23 @@ def fit(cls: BioJEPA,
     """
     floor = _former(former)
     how = dict(
-        preset=preset,
-        seed=seed,
-        network=network,
+        **dict(preset=preset, seed=seed, network=network),
         closed_form=closed_form if floor is None else floor,
         closed_form_options=closed_form_options or {},
     )
+    sets = None if gene_sets is None else read_gene_sets(gene_sets)
     shared = dict(device=device, progress=progress, training=training)
     if not is_signature(cells):
-        return cls._fit_cells(cells, split, features, out, model, pretraining, **how, **shared)
+        return cls._fit_cells(cells, split, features, out, model, pretraining, sets, **how, **shared)
+    if sets: raise BadGeneSets("signatures have no pathway tokens: leave out gene_sets=")
     own = dict(preset=preset, network=network, **shared)
     return SignatureModel.fit(cells, split, features, seed, out, **own)
 
 # %% ../nbs/59_estimator.ipynb #c015
 @patch(cls_method=True)
-def _fit_cells(cls: BioJEPA, cells, split, features, out, model, pretraining, device, progress, training, **how):
+def _fit_cells(
+    cls: BioJEPA, cells, split, features, out, model, pretraining, sets, device, progress, training, **how
+):
     "`fit` for cells: the closed form first, then the network on what it leaves."
     check(cells)
     check_split(split, cells)
@@ -137,10 +149,13 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, model, pretraining, de
     cells = AnnData(cells.X, obs=cells.obs, var=cells.var, uns=cells.uns)
     table = _fit_table(features, split)
     seen = split.cells(cells, "train")
-    dims = {} if table is None or preset != "base" else dict(feature_dims=tuple(table.dims.values()))
-    config = configure(preset, cells.n_vars, **{**SMALL, **dims, **(model or {})})
+    config, start = _configure(preset, cells, split, table, sets, model)
+    pretraining = stage_options(preset, pretraining)
+    how["gene_sets"] = sets_hash(sets)
     settings = _settings(cells, split, table, config, device, pretraining, training, **how)
     self = cls(build(config, seed), cells.var_names)
+    if sets: self.model.set_pathways(start)
+    if sets and progress: print(describe_start(start, len(sets)))
     self.split = split
     self.table = table
     self.seed = seed
@@ -160,7 +175,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, model, pretraining, de
     if progress: print(f"What answers: {self.what_answers()}")
     return self
 
-# %% ../nbs/59_estimator.ipynb #c019
+# %% ../nbs/59_estimator.ipynb #c022
 def _names(names):
     "A list of labels. Raises BadAction for none, and for what is no text."
     if isinstance(names, str): return [names]
@@ -172,7 +187,7 @@ def _names(names):
     if odd: raise BadAction(f"{odd[0]!r} is not a label: names of perturbations are texts")
     return [str(n) for n in names]
 
-# %% ../nbs/59_estimator.ipynb #c022
+# %% ../nbs/59_estimator.ipynb #c025
 TOP = float(np.log1p(1e4))  # the largest log1p of counts per 10,000: all counts on one gene
 
 @patch
@@ -200,7 +215,7 @@ def _rows(self: BioJEPA, cells, names, cell_type, mode, dose, time, symbols):
         )
     return actions * len(types), obs
 
-# %% ../nbs/59_estimator.ipynb #c024
+# %% ../nbs/59_estimator.ipynb #c027
 @patch
 def predict(
     self: BioJEPA,
@@ -236,7 +251,7 @@ def predict(
     out = self._answer(cells, obs, delta, std)
     return self._as_cells(cells, out, cells_out) if cells_out else out
 
-# %% ../nbs/59_estimator.ipynb #c025
+# %% ../nbs/59_estimator.ipynb #c028
 @patch
 def _answer(self: BioJEPA, cells, obs, delta, std):
     "The AnnData of a prediction."
@@ -269,7 +284,7 @@ def _as_cells(self: BioJEPA, cells, rows, n):
         np.concatenate(blocks).astype(np.float32), obs=obs, var=rows.var, uns=dict(rows.uns)
     )
 
-# %% ../nbs/59_estimator.ipynb #c040
+# %% ../nbs/59_estimator.ipynb #c043
 def _without_nan(history):
     "A history as JSON can hold it: column -> list, None where nothing was measured."
     return history.astype(object).where(history.notna(), None).to_dict("list")
@@ -303,7 +318,7 @@ def save(self: BioJEPA,
 
 OWN = ("genes", "modes", "time", "gate", "stretch", "seed", "gene_hash")  # as they are
 
-# %% ../nbs/59_estimator.ipynb #c041
+# %% ../nbs/59_estimator.ipynb #c044
 def _tensors(arrays, prefix): return {k: torch.tensor(v) for k, v in below(arrays, prefix).items()}
 
 def _read_network(arrays, facts):
@@ -320,7 +335,7 @@ def _read_network(arrays, facts):
     put_weights(shapes, weights)
     return put_weights(build(config), weights).eval()
 
-# %% ../nbs/59_estimator.ipynb #c042
+# %% ../nbs/59_estimator.ipynb #c045
 @patch(cls_method=True)
 def load(cls: BioJEPA,
     folder: str | Path, # a folder that `save` or `fit(out=...)` wrote
@@ -360,5 +375,5 @@ def _load_parts(self: BioJEPA, arrays, facts):
         put_weights(Decoder(*shape), _tensors(arrays, f"decoder{i}.")) for i in range(2)
     )
 
-# %% ../nbs/59_estimator.ipynb #c051
+# %% ../nbs/59_estimator.ipynb #c054
 document(globals())

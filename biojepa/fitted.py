@@ -7,6 +7,7 @@ __all__ = ['FEW', 'BioJEPA']
 
 # %% ../nbs/53_fitted.ipynb #c003
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 
@@ -15,8 +16,9 @@ from .cells import CONTROL, MODES, dense
 from .patching import document, patch
 from .effects import control_means
 from .featurizers import encode_actions
+from .adaptive_norm import number_actions
 from .predictor import grow_modes
-from .model import build, configure, count_parameters
+from .model import POOLED, build, configure, count_parameters
 
 # %% ../nbs/53_fitted.ipynb #c007
 #| code-fold: true
@@ -53,7 +55,7 @@ class BioJEPA:
 # %% ../nbs/53_fitted.ipynb #c008
 @patch(cls_method=True)
 def from_preset(cls: BioJEPA,
-    preset: str = "base", # or 'v0_3', 'v0_2'
+    preset: str = "base", # or 'v0_3', 'v0_2', 'v0_1'
     n_genes: int = 4096, # size of the gene vocabulary
     **overrides, # any field of ModelConfig
 ): # BioJEPA
@@ -62,10 +64,21 @@ def from_preset(cls: BioJEPA,
     return cls(build(config), [f"GENE{i}" for i in range(n_genes)])
 
 # %% ../nbs/53_fitted.ipynb #c011
+_DECODED = "the network alone, read by two decoders"
+
+@patch
+def pathway_start(self: BioJEPA) -> str:
+    "What the pathway tokens of v0_2 and v0_1 began from, in words."
+    config = self.model.config
+    names = config.pathway_names
+    if names: return f"pathways begun from {len(names)} gene sets, such as {names[0]!r}"
+    return f"{config.pathways} pathways begun at random (gene_sets= begins from known sets)"
+
 @patch
 def what_answers(self: BioJEPA) -> str:
     "What an effect is made of, in words."
-    if self.model.config.preset != "base": return "the network alone, read by two decoders"
+    if self.model.config.preset in POOLED: return f"{_DECODED}; {self.pathway_start()}"
+    if self.model.config.preset != "base": return _DECODED
     if self.closed_form is None: return "the network alone, without the closed form"
     if self.gate: return f"the closed form, and the network with a share of {self.gate:.2f}"
     why = " (validation did not improve with it)" if "training" in self.history else ""
@@ -81,6 +94,16 @@ def __repr__(self: BioJEPA):
     )
 
 # %% ../nbs/53_fitted.ipynb #c014
+@patch
+def encode_actions(self: BioJEPA,
+    actions: list, # P of Action
+): # ActionBatch
+    "Tensors of actions. Raises BadAction for what v0_1 has no number of."
+    config = self.model.config
+    if config.preset == "v0_1": return number_actions(actions, config.perturbations)
+    return encode_actions(actions, self.genes, self.table)
+
+# %% ../nbs/53_fitted.ipynb #c017
 @patch
 def _contexts(self: BioJEPA,
     cells: AnnData, # prepared cells that hold the control cells
@@ -99,7 +122,7 @@ def _contexts(self: BioJEPA,
         out[c] = torch.tensor(x)[None], torch.tensor(total)[None]
     return out
 
-# %% ../nbs/53_fitted.ipynb #c015
+# %% ../nbs/53_fitted.ipynb #c018
 @patch
 @torch.no_grad()
 def change(self: BioJEPA,
@@ -124,7 +147,7 @@ def change(self: BioJEPA,
             )
     return out
 
-# %% ../nbs/53_fitted.ipynb #c019
+# %% ../nbs/53_fitted.ipynb #c022
 @patch
 @torch.no_grad()
 def change_v03(self: BioJEPA,
@@ -154,7 +177,33 @@ def change_v03(self: BioJEPA,
         out.append((delta.cpu().numpy(), variance.sqrt().cpu().numpy()))
     return np.stack([d for d, _ in out]), np.stack([s for _, s in out])
 
-# %% ../nbs/53_fitted.ipynb #c022
+# %% ../nbs/53_fitted.ipynb #c025
+@patch
+@torch.no_grad()
+def pathway_attention(self: BioJEPA,
+    cells: AnnData, # prepared cells that hold control cells
+    cell_type: str | None = None, # whose control cells; None: the first cell type
+    layer: int = -1, # block of the encoder; the last one
+    n: int = 16, # control cells, at most
+) -> pd.DataFrame: # [K, K]
+    """How much each pathway token (rows) takes from each (columns) of the encoder; rows sum to one.
+
+    Raises ValueError for a preset without pathways and for a block that is not there.
+    """
+    config = self.model.config
+    if config.preset not in POOLED:
+        raise ValueError(f"preset {config.preset!r} has no pathway tokens; {' and '.join(POOLED)} have")
+    if not -config.layers <= layer < config.layers:
+        raise ValueError(f"layer={layer}: the encoder has blocks 0 to {config.layers - 1}")
+    control = cells.obs.cell_type[cells.obs.perturbation == CONTROL]
+    chosen = cell_type or str(min(control, default=""))
+    x, total = self._contexts(cells, [chosen], n)[chosen]
+    device = next(self.model.parameters()).device
+    shares = self.model.student.attention(x[0].to(device), total[0].to(device), layer).mean(0)
+    names = list(config.pathway_names or (f"pathway {i}" for i in range(config.pathways)))
+    return pd.DataFrame(shares.cpu().numpy(), names, names)
+
+# %% ../nbs/53_fitted.ipynb #c028
 FEW = 3  # perturbations; with fewer, their spread is no evidence of the spread of others
 
 @patch
@@ -165,7 +214,7 @@ def moments(self: BioJEPA,
 ) -> tuple[np.ndarray, np.ndarray]: # [P, G] effect and its standard deviation
     "Closed form plus the network by its share; in log1p of counts per 10,000."
     grow_modes(self.model)
-    encoded = encode_actions(actions, self.genes, self.table)
+    encoded = self.encode_actions(actions)
     if self.model.config.preset != "base": return self.change_v03(cells, encoded, cell_types)
     mean = np.zeros((len(actions), len(self.genes)))
     std = np.full((len(actions), len(self.genes)), self.spread)
@@ -184,5 +233,5 @@ def _widen(self: BioJEPA, actions, mean, std):
     size = np.sqrt((mean**2).mean(1, keepdims=True)) + np.abs(mean)
     return np.where(strange[:, None], np.maximum(std, size), std)
 
-# %% ../nbs/53_fitted.ipynb #c025
+# %% ../nbs/53_fitted.ipynb #c031
 document(globals())

@@ -164,14 +164,14 @@ def under(self: HeldOutContext,
     wrong: np.ndarray, # [n, P] rows of `pool`, -1 where there is none
     only=None, # names of metrics; None: all that were chosen
 ) -> dict: # metric name -> [P]
-    "Mean score of answers under wrong names; NaN where there is none."
+    "Mean score of predictions for wrong perturbations; NaN where there is none."
     total = [self.score(self.case.answer(pool[w]), only) for w in wrong]
     none = (wrong < 0).any(0)
     return {m: np.where(none, np.nan, np.mean([t[m] for t in total], 0)) for m in total[0]}
 
 @patch
 def floor(self: HeldOutContext) -> dict: # metric name -> [P]
-    "What no skill scores: no change, or an observed effect under a wrong name."
+    "What no skill scores: no change, or the observed effect of a wrong perturbation."
     none = self.score(self.case)
     shuffled = self.under(self.pool, self.wrong)
     return {m: none[m] if f.floor == "no_change" else shuffled[m] for m, f in self.metrics.items()}
@@ -183,7 +183,7 @@ def shrunk(
     half: AnnData, # effects of half of the cells, with layers['sem']
     centre: np.ndarray, # [G] mean training effect
 ) -> np.ndarray: # [P, G]
-    """Effects drawn towards the training mean by the share of their distance that is noise:
+    """Effects shrunk towards the training mean by the share of their distance that is noise:
 
     m + max(0, 1 - sum sem^2 / sum (d - m)^2) (d - m).
     """
@@ -198,7 +198,7 @@ def halves(self: HeldOutContext,
     seed: int, # of the halvings
 ) -> dict: # 'split_half' and 'duplicate': metric name -> [P]
     """What one half of the cells scores on the other, as it is (a squared error as a quarter, see
-    `Metric.half`) and drawn towards the mean; NaN where a half lacks a perturbation."""
+    `Metric.half`) and shrunk towards the mean; NaN where a half lacks a perturbation."""
     runs = {"split_half": [], "duplicate": []}
     names = self.truth.obs_names
     for s in range(HALVINGS):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROL', 'NOTHING', 'PLAIN', 'HIDE', 'CHARGE', 'UNIT', 'AMOUNT', 'LIKE_CONTROL', 'FOREIGN', 'SPLIT_OFF', 'DOSE',
-           'TIME', 'BARE', 'GUIDE', 'STRAND', 'GENERIC', 'SAME', 'MOLAR', 'HOURS', 'parts', 'join_parts', 'missing',
-           'number', 'whole_name', 'cut', 'read_labels', 'preview_labels', 'warn_of_labels']
+           'TIME', 'BARE', 'GUIDE', 'STRAND', 'GENERIC', 'SAME', 'MOLAR', 'HOURS', 'join_parts', 'missing', 'number',
+           'whole_name', 'written_parts', 'parts', 'cut', 'read_labels', 'preview_labels', 'warn_of_labels']
 
 # %% ../nbs/04_labels.ipynb #c003
 import re
@@ -22,12 +22,6 @@ from .files import BadCells
 
 # %% ../nbs/04_labels.ipynb #c008
 CONTROL = "control"  # the one name of cells that nothing was done to
-
-def parts(
-    name: str, # 'B+A', 'A' or 'control'
-) -> tuple: # ('A', 'B'), ('A',) or ()
-    "Targets of a perturbation, sorted, each once; control has none."
-    return () if name == CONTROL else tuple(sorted({p.strip() for p in str(name).split("+")}))
 
 def join_parts(
     names, # targets, in any order
@@ -109,6 +103,23 @@ def whole_name(
     return re.sub(r"(?<=[^\W_])\+(?=[^\W_])", " plus ", label.strip()).replace("+", "plus")
 
 # %% ../nbs/04_labels.ipynb #c023
+def written_parts(
+    name: str, # 'B+A' or '(+)-JQ1'
+) -> list: # ['B', 'A'] or ['(plus)-JQ1']
+    "Names of the targets of a label that people may type, in the order written."
+    name = str(name)
+    if "+" not in name: return [name.strip()]
+    pieces = _split(name, "+")
+    if all(pieces) and not _joint(p for p in pieces if p.lower() not in NOTHING): return [whole_name(name)]
+    return [whole_name(p) for p in pieces]
+
+def parts(
+    name: str, # 'B+A', 'A' or 'control'
+) -> tuple: # ('A', 'B'), ('A',) or ()
+    "Targets of a perturbation, sorted, each once; control has none."
+    return () if name == CONTROL else tuple(sorted(set(written_parts(name))))
+
+# %% ../nbs/04_labels.ipynb #c026
 def _take_off(label, controls, sep):
     "The label with each control between two joints (or ends) as one mark."
     joint = re.escape(sep)
@@ -127,7 +138,7 @@ def _by_genes(pieces, sep, genes):
         )
     return found[-1][0] if len(found[-1]) == 1 else None
 
-# %% ../nbs/04_labels.ipynb #c025
+# %% ../nbs/04_labels.ipynb #c028
 def cut(
     label: str, # of the file
     controls: Sequence = (CONTROL,), # labels of untouched cells
@@ -142,6 +153,8 @@ def cut(
     pieces = _split(_take_off(label, controls, sep), sep)
     targets = [p for p in pieces if p != "\x00"]
     if not targets: return ()
+    gap = next((t for t in targets if len(pieces) > 1 and t and t.lower() in NOTHING), None)
+    if gap: raise BadCells(f"perturbation {label!r} has the part {gap!r}: missing? rename it or drop it")
     if all(targets) and not _joint(targets): return (whole_name(sep.join(targets)),)
     found = None if sep == "+" else _by_genes(targets, sep, genes)
     if len(pieces) > 1 and not found: _check_pieces(label, pieces, targets, sep)
@@ -158,7 +171,7 @@ def cut(
             )
     return tuple(whole_name(t) for t in targets)
 
-# %% ../nbs/04_labels.ipynb #c026
+# %% ../nbs/04_labels.ipynb #c029
 def _check_label(label, controls):
     "Refuse names that mean something else here."
     if label == CONTROL:
@@ -192,7 +205,7 @@ def _check_pieces(label, pieces, targets, sep):
             f"controls have another name; give control=[..., {control!r}], or rename it"
         )
 
-# %% ../nbs/04_labels.ipynb #c029
+# %% ../nbs/04_labels.ipynb #c032
 FOREIGN = re.compile(r"\(\s*['\"]([^'\"]+)['\"]\s*,\s*([0-9.eE+-]+)\s*,\s*['\"]([^'\"]*)['\"]\s*\)")
 SPLIT_OFF = r"(?P<stem>.*[^\s_@:;,|(\[-])[\s_@:;,|(\[-]+"
 DOSE = re.compile(rf"{SPLIT_OFF}(?P<n>[0-9]+(\.[0-9]+)?([eE]-?[0-9]+)?)\s*(?P<unit>{UNIT})[)\]]?")
@@ -211,7 +224,7 @@ SAME = {"HLA", "MT", "H2"}  # stems whose letters are other genes, not guides
 MOLAR = {"M": 1e6, "mM": 1e3, "uM": 1.0, "nM": 1e-3, "pM": 1e-6}  # in uM
 HOURS = {"h": 1.0, "d": 24.0, "m": 1 / 60}
 
-# %% ../nbs/04_labels.ipynb #c030
+# %% ../nbs/04_labels.ipynb #c033
 def _amounts(text):
     "What is left of a part when dose and time at its end are taken off, and these."
     out = dict(dose=np.nan, unit="", time=np.nan)
@@ -230,7 +243,7 @@ def _amounts(text):
             "stem"
         ].strip()
 
-# %% ../nbs/04_labels.ipynb #c033
+# %% ../nbs/04_labels.ipynb #c036
 def _bare_doses(texts):
     "Text -> (stem, dose), for labels of drugs that end in a number."
     found = {t: f for t in texts if (f := BARE.fullmatch(t)) and not GENERIC.fullmatch(f["stem"])}
@@ -262,7 +275,7 @@ def _guides(texts, genes):
         t: (f["stem"], t[len(f["stem"]) :].lstrip("_#.- ")) for t, f in found.items() if clear(f)
     }
 
-# %% ../nbs/04_labels.ipynb #c035
+# %% ../nbs/04_labels.ipynb #c038
 def _read(label, controls, sep, genes):
     "Parts of one label, before guides and bare doses: [(text, amounts)]; [] is control."
     found = FOREIGN.findall(label) if label not in controls else []
@@ -270,12 +283,8 @@ def _read(label, controls, sep, genes):
         out = []
         for name, n, unit in found:
             dose = number(n, "dose") * MOLAR.get(unit, 1)
-            out.append(
-                (
-                    whole_name(name),
-                    dict(dose=dose, unit="uM" if unit in MOLAR else unit, time=np.nan),
-                )
-            )
+            unit = "uM" if unit in MOLAR else unit
+            out.append((whole_name(name), dict(dose=dose, unit=unit, time=np.nan)))
         return [o for o in out if o[0] not in controls]
     return [_amounts(part) for part in cut(label, controls, sep, genes)]
 
@@ -286,7 +295,7 @@ def _spelling(names, genes):
     for n, times in Counter(names).items(): groups.setdefault(n.upper(), []).append((-times, n))
     return {n: known.get(u, min(group)[1]) for u, group in groups.items() for _, n in group}
 
-# %% ../nbs/04_labels.ipynb #c036
+# %% ../nbs/04_labels.ipynb #c039
 def read_labels(
     labels, # of the file, each once
     controls: Sequence = (CONTROL,), # labels of untouched cells
@@ -327,7 +336,7 @@ def _one(values, label, what, nothing=np.nan):
         raise BadCells(f"perturbation {label!r} has {len(values)} values of {what}; give a column")
     return values.pop() if values else nothing
 
-# %% ../nbs/04_labels.ipynb #c039
+# %% ../nbs/04_labels.ipynb #c042
 def preview_labels(
     adata, # a screen (AnnData)
     perturbation: str = "perturbation", # column of obs with the labels
@@ -346,7 +355,7 @@ def preview_labels(
     )
     return table.assign(cells=labels.value_counts().reindex(table.index))
 
-# %% ../nbs/04_labels.ipynb #c041
+# %% ../nbs/04_labels.ipynb #c044
 def warn_of_labels(
     labels, # of the file, each once
     controls: Sequence, # labels of untouched cells
@@ -358,8 +367,7 @@ def warn_of_labels(
     like = [l for l in labels if l not in controls and LIKE_CONTROL.fullmatch(str(l).strip())]
     if like:
         warnings.warn(
-            f"{like[0]!r} looks like a control, and is taken for a perturbation; if "
-            "it is one, "
+            f"{like[0]!r} looks like a control, and is taken for a perturbation; if it is one, "
             f"give control={[*controls, *like[:3]]}",
             stacklevel=4,
         )
@@ -367,23 +375,16 @@ def warn_of_labels(
     except BadCells: return
     for target, same in table[table.target != CONTROL].groupby("target"):
         if len({join_parts(cut(l, controls, sep, genes)) for l in same.index}) < 2: continue
-        why = (
-            "doses"
-            if same.dose.notna().any()
-            else "times"
-            if same.time.notna().any()
-            else "guides or spellings"
-        )
+        why = "times" if same.time.notna().any() else "guides or spellings"
+        if same.dose.notna().any(): why = "doses"
         warnings.warn(
-            f"labels {', '.join(map(repr, same.index[:3]))} look like {target!r} in "
-            "several "
-            f"{why}, and are taken for different targets: a split may put one "
-            "dose or guide in training "
+            f"labels {', '.join(map(repr, same.index[:3]))} look like {target!r} in several {why}, "
+            "and are taken for different targets: a split may put one dose or guide in training "
             "and another in test. parse_labels=True reads them as one; "
             "biojepa.preview_labels shows how",
             stacklevel=4,
         )
         return
 
-# %% ../nbs/04_labels.ipynb #c044
+# %% ../nbs/04_labels.ipynb #c047
 document(globals())

@@ -58,6 +58,7 @@ class LinearResponse:
         self.matrix = (-theta / np.diag(theta)) * (sd[:, None] / sd)
         np.fill_diagonal(self.matrix, 1.0)
         self.genes = list(cells.var_names)
+        self.index = {g: i for i, g in enumerate(self.genes)}
         return self._fit_targets(cells)
 
 # %% ../nbs/40_linear_response.ipynb #c016
@@ -82,9 +83,6 @@ def _fit_targets(self: LinearResponse, cells):
         slope = np.cov(level, shift)[0, 1] / (level.var(ddof=1) + 1e-3)
         self.own[mode] = float(shift.mean() - slope * level.mean()), float(slope)
     return self
-
-@patch(as_prop=True)
-def index(self: LinearResponse): return {g: i for i, g in enumerate(self.genes)}
 
 # %% ../nbs/40_linear_response.ipynb #c019
 @patch

@@ -134,7 +134,7 @@ def spearman_brown(
 # %% ../nbs/63_metrics.ipynb #c023
 @metric("pearson_delta", ceiling=spearman_brown)
 def pearson_delta(
-    case: Case, # with predicted and observed effects
+    case: Case, # with predicted and observed effects (log1p)
 ) -> np.ndarray: # [P], -1 to 1
     """Pearson correlation over genes of predicted and observed effect: r(d_hat, d). Rewards knowing
     what all perturbations share (Roohani et al. 2024)."""
@@ -142,7 +142,7 @@ def pearson_delta(
 
 @metric("pearson_pert", ceiling=spearman_brown)
 def pearson_pert(
-    case: Case, # with predicted and observed effects and the training mean
+    case: Case, # with predicted and observed effects (log1p) and the training mean
 ) -> np.ndarray: # [P], -1 to 1
     """The same after both sides lose the mean of the training effects: r(d_hat - m, d - m). Zero
     for anyone who only knows the mean (the perturbed reference of Systema, Vinas Torne et al.
@@ -160,14 +160,14 @@ def _pearson_top(case, predicted, observed, k, key):
 
 @metric("pearson_delta_top20")
 def pearson_delta_top20(
-    case: Case, # with predicted and observed effects
+    case: Case, # with predicted and observed effects (log1p)
 ) -> np.ndarray: # [P], -1 to 1
     "pearson_delta over the 20 genes with the largest true effect of that perturbation."
     return _pearson_top(case, case.predicted, case.observed, 20, "top")
 
 @metric("pearson_pert_top20")
 def pearson_pert_top20(
-    case: Case, # with predicted and observed effects and the training mean
+    case: Case, # with predicted and observed effects (log1p) and the training mean
 ) -> np.ndarray: # [P], -1 to 1
     "pearson_pert over the 20 genes with the largest |d - m|."
     return _pearson_top(case, *case.beyond(), 20, "top beyond")
@@ -208,7 +208,7 @@ def _pearson_where(a, b, mask, least=3):
 # %% ../nbs/63_metrics.ipynb #c037
 @metric("pearson_delta_sig")
 def pearson_delta_sig(
-    case: Case, # with predicted and observed effects and standard errors
+    case: Case, # with predicted and observed effects (log1p) and standard errors
 ) -> np.ndarray: # [P], -1 to 1
     """pearson_delta over the significantly changed genes (d / sem, false discovery rate 5 %); at
     least three, else no score."""
@@ -217,7 +217,7 @@ def pearson_delta_sig(
 
 @metric("pearson_pert_sig")
 def pearson_pert_sig(
-    case: Case, # with predicted and observed effects, standard errors and the training mean
+    case: Case, # with both effects (log1p), standard errors and the training mean
 ) -> np.ndarray: # [P], -1 to 1
     "pearson_pert over the significantly changed genes, as in pearson_delta_sig."
     return case.nothing() if case.sem is None else _pearson_where(*case.beyond(), changed(case))
@@ -225,7 +225,7 @@ def pearson_pert_sig(
 # %% ../nbs/63_metrics.ipynb #c039
 @metric("direction_sig", unit="share")
 def direction_sig(
-    case: Case, # with predicted and observed effects and standard errors
+    case: Case, # with predicted and observed effects (log1p) and standard errors
 ) -> np.ndarray: # [P], 0 to 1
     """Share of the significantly changed genes whose predicted change has the right sign;
     predicting none counts half."""
@@ -236,7 +236,7 @@ def direction_sig(
 
 @metric("recovery_top50", unit="share")
 def recovery_top50(
-    case: Case, # with predicted and observed effects
+    case: Case, # with predicted and observed effects (log1p)
 ) -> np.ndarray: # [P], 0 to 1
     """Share of the 50 genes with the largest |d| that are among the 50 with the largest |d_hat|;
     equal predictions share what room is left."""
@@ -266,7 +266,7 @@ SQUARED = dict(
 
 @metric("mse", **SQUARED)
 def mse(
-    case: Case, # with predicted and observed effects
+    case: Case, # with predicted and observed effects (log1p)
 ) -> np.ndarray: # [P], log1p^2
     """Mean over genes of (d_hat - d)^2. Floor: no change. Ceiling: a quarter of the error between
     halves, which is the noise of the observed effect."""
@@ -274,7 +274,7 @@ def mse(
 
 @metric("wmse", **SQUARED)
 def wmse(
-    case: Case, # with predicted and observed effects and the spread of genes
+    case: Case, # with predicted and observed effects (log1p) and the spread of genes
 ) -> np.ndarray: # [P], log1p^2
     """Mean over genes of w (d_hat - d)^2, where w is the gene's variance over the training effects,
     scaled to mean 1: what nothing ever moves does not count. Floor and ceiling as for mse."""
@@ -291,7 +291,7 @@ def wmse(
     ceiling=lambda v: v,
 )
 def r2(
-    case: Case, # with predicted and observed effects
+    case: Case, # with predicted and observed effects (log1p)
 ) -> np.ndarray: # [P], at most 1
     """R2 over genes of the effect: 1 - sum (d_hat - d)^2 / sum (d - mean d)^2. Ceiling: from a
     quarter of the error between halves."""
@@ -312,14 +312,14 @@ QUANTITY = dict(best="", unit="log1p", level="quantity")
 
 @metric("predicted_size", **QUANTITY)
 def predicted_size(
-    case: Case, # with predicted effects
+    case: Case, # with predicted effects (log1p)
 ) -> np.ndarray: # [P], log1p
     "Root mean square over genes of the predicted change."
     return np.sqrt((case.predicted**2).mean(1))
 
 @metric("observed_size", **QUANTITY)
 def observed_size(
-    case: Case, # with observed effects
+    case: Case, # with observed effects (log1p)
 ) -> np.ndarray: # [P], log1p
     "Root mean square over genes of the observed change."
     return np.sqrt((case.observed**2).mean(1))

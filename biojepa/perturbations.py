@@ -16,6 +16,7 @@ import pandas as pd
 # %% ../nbs/20_perturbations.ipynb #c009
 from .patching import document, patch
 from .cells import CONTROL, MODES, join_parts
+from .labels import AMOUNT, CHARGE, NOTHING, number, written_parts
 
 # %% ../nbs/20_perturbations.ipynb #c016
 class BadAction(ValueError):
@@ -52,12 +53,14 @@ class Part:
 # %% ../nbs/20_perturbations.ipynb #c018
 @patch
 def _float(self: Part, name):
-    "A dose or time as a number."
+    "A dose or time as a number; texts are read as people write them."
+    value = getattr(self, name)
     try:
-        return float(getattr(self, name))
+        if isinstance(value, (bool, np.bool_)): raise TypeError
+        return number(value, name) if isinstance(value, str) else float(value)
     except (TypeError, ValueError):
         raise BadAction(
-            f'{self.target!r}: {name} {getattr(self, name)!r} is not a number'
+            f'{self.target!r}: {name} {value!r} is not a number; give one, such as {name}=1'
         ) from None
 
 @patch
@@ -65,6 +68,8 @@ def _wrong(self: Part):
     "Why this part cannot be meant, or nothing."
     if not isinstance(self.target, str) or not self.target.strip():
         return 'a target needs a name'
+    if self.target.strip().lower() in NOTHING:
+        return 'this text stands for a missing name; leave it out, or give the target a name'
     if self.target == CONTROL:
         return 'not a target; no perturbation is the empty action, Action()'
     if '+' in self.target:
@@ -132,14 +137,19 @@ def parse(cls: Action,
          ):
     "The action that a label means."
     if not isinstance(name, str): raise BadAction(f'{name!r} is not a label')
-    targets = [t.strip() for t in name.split('+')]
-    if targets == [CONTROL]: return cls()
-    if '' in targets: raise BadAction(f'label {name!r} has an empty part')
-    if any(t.count('[') != t.count(']') for t in targets):
+    if name == CONTROL: return cls()
+    if CHARGE.search(name):
         raise BadAction(
             f"{name!r}: its '+' would cut a bracket in two. Give the molecule a "
             "name, and its SMILES as features"
         )
+    targets = written_parts(name)
+    amount = next((t for t in targets[1:] if AMOUNT.fullmatch(t)), None)
+    if amount:
+        raise BadAction(f'{name!r} has the part {amount!r}, which is no target; give it as dose= or time=')
+    if '' in targets: raise BadAction(f'label {name!r} has an empty part')
+    if any(t.count('[') != t.count(']') for t in targets):
+        raise BadAction(f"{name!r}: its '+' would cut a bracket in two; rename the target")
     return cls(
         tuple(map(Part, targets, *(_each(v, len(targets), name) for v in (mode, dose, time))))
     )
@@ -174,7 +184,7 @@ def _weaker(name, mode, dose, efficiency):
     if math.isnan(efficiency) or efficiency == 1: return dose
     if not 0 <= efficiency <= 1:
         raise BadAction(f'{name!r}: efficiency {efficiency} is not between 0 and 1')
-    doses, modes = (_each(v, str(name).count('+') + 1, name) for v in (dose, mode))
+    doses, modes = (_each(v, len(written_parts(name)), name) for v in (dose, mode))
     return [d if m in ('drug', 'cytokine') else d * efficiency for d, m in zip(doses, modes)]
 
 # %% ../nbs/20_perturbations.ipynb #c049

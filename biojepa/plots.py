@@ -76,12 +76,16 @@ def _dot(ax, y, row, m, colour, digits):
         color=colour,
     )
 
+def _top(t):
+    "The upper end: the ceiling, or the split half where no ceiling is known."
+    return t.ceiling.fillna(t.split_half) if "split_half" in t else t.ceiling
+
 def _panel(ax, t, models, paint, labels):
     "One metric of one group: the field from floor to ceiling, dots, intervals, numbers."
-    floor, ceiling = t[["floor", "ceiling"]].iloc[0]
-    if np.isfinite([floor, ceiling]).all():
-        ax.axvspan(*sorted([floor, ceiling]), color="0.955", zorder=0)
-    for x, style in ((floor, ":"), (ceiling, "--")):
+    floor = t.floor.iloc[0]
+    top = _top(t).iloc[0]
+    if np.isfinite([floor, top]).all(): ax.axvspan(*sorted([floor, top]), color="0.955", zorder=0)
+    for x, style in ((floor, ":"), (top, "-." if np.isnan(t.ceiling.iloc[0]) else "--")):
         if np.isfinite(x): ax.axvline(x, color="0.55", ls=style, lw=1, zorder=1)
     digits = 3 if abs(t.value).max() < 0.1 else 2
     for y, m in enumerate(models):
@@ -91,7 +95,7 @@ def _panel(ax, t, models, paint, labels):
     ax.tick_params(axis="y", length=0)
     for text, m in zip(ax.get_yticklabels(), models): text.set_color(paint[m])
 
-# %% ../nbs/65_plots.ipynb #c018
+# %% ../nbs/65_plots.ipynb #c019
 def _mute(ax):
     "Grey a panel whose metric cannot tell good from bad here."
     for artist in (*ax.lines, *ax.collections, *ax.patches, *ax.texts): artist.set_alpha(0.25)
@@ -107,11 +111,14 @@ def _mute(ax):
         style="italic",
     )
 
-# %% ../nbs/65_plots.ipynb #c019
-def _legend(band, suspicious):
+# %% ../nbs/65_plots.ipynb #c021
+def _legend(band, suspicious, half):
     def line(**style): return plt.Line2D([], [], color="0.45", **style)
     lines = [line(ls=":", lw=1), line(ls="--", lw=1), line(marker="o", ms=5, lw=2.5, alpha=0.6)]
     words = ["floor: no skill", "ceiling: no noise", "mean and 95 % interval"]
+    if half:
+        lines.insert(2, line(ls="-.", lw=1))
+        words.insert(2, "split half: no ceiling known")
     if suspicious:
         lines.append(line(ls="", marker="$!$", ms=5))
         words.append("above the ceiling: suspicious")
@@ -121,7 +128,7 @@ def _legend(band, suspicious):
 
 def _limits(t):
     "The same x-axis for a metric in every group, with a little room."
-    x = t[["value", "low", "high", "floor", "ceiling"]].to_numpy(float)
+    x = t[["value", "low", "high", "floor"]].assign(top=_top(t)).to_numpy(float)
     low = np.nanmin(x)
     high = np.nanmax(x)
     room = 0.06 * (high - low) or 0.05
@@ -134,7 +141,7 @@ def _groups(table):
         dict.fromkeys(table.split), key=lambda s: order.index(s) if s in order else len(order)
     )
 
-# %% ../nbs/65_plots.ipynb #c020
+# %% ../nbs/65_plots.ipynb #c023
 def _band(band, here, table, metrics, models, first, last):
     "One group: a heading and a panel per metric."
     count = f"{here.n.max()} perturbation{'s' if here.n.max() > 1 else ''}"
@@ -153,8 +160,29 @@ def _band(band, here, table, metrics, models, first, last):
         if first: ax.set_title(_heading(metric), fontsize=9)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    if last: _legend(band, "suspicious" in table and (table.suspicious == "yes").any())
+    if last:
+        half = _top(table).notna() & table.ceiling.isna() & table.metric.isin(metrics)
+        suspicious = "suspicious" in table and (table.suspicious == "yes").any()
+        _legend(band, suspicious, half.any())
 
+# %% ../nbs/65_plots.ipynb #c024
+def _drawn(table, metrics, groups, models, notes):
+    "The figure of `plot_scores`."
+    height = 0.23 * len(models) + 0.55
+    below = 0.25 * len(notes)
+    size = (2.5 * len(metrics) + 1.1, height * len(groups) + 0.6 + below)
+    figure = plt.figure(figsize=size, layout="constrained")
+    # metric names above, legend below
+    room = [height + 0.3 * (g == groups[0]) + 0.3 * (g == groups[-1]) for g in groups]
+    if notes: room.append(below)
+    bands = np.ravel(figure.subfigures(len(room), 1, height_ratios=room))
+    for band, group in zip(bands, groups):
+        here = table[table.split == group]
+        _band(band, here, table, metrics, models, group == groups[0], group == groups[-1])
+    if notes: bands[-1].text(0.01, 0.5, literal("\n".join(notes)), va="center", fontsize=8, color="0.4")
+    return figure
+
+# %% ../nbs/65_plots.ipynb #c025
 def plot_scores(
     # Card.table or scores.csv: model, split, metric, value, low, high, floor, ceiling, n
     table: pd.DataFrame,
@@ -174,24 +202,7 @@ def plot_scores(
     table = enough(table)
     return _drawn(table, metrics, _groups(table), list(dict.fromkeys(table.model)), notes)
 
-# %% ../nbs/65_plots.ipynb #c021
-def _drawn(table, metrics, groups, models, notes):
-    "The figure of `plot_scores`."
-    height = 0.23 * len(models) + 0.55
-    below = 0.25 * len(notes)
-    size = (2.5 * len(metrics) + 1.1, height * len(groups) + 0.6 + below)
-    figure = plt.figure(figsize=size, layout="constrained")
-    # metric names above, legend below
-    room = [height + 0.3 * (g == groups[0]) + 0.3 * (g == groups[-1]) for g in groups]
-    if notes: room.append(below)
-    bands = np.ravel(figure.subfigures(len(room), 1, height_ratios=room))
-    for band, group in zip(bands, groups):
-        here = table[table.split == group]
-        _band(band, here, table, metrics, models, group == groups[0], group == groups[-1])
-    if notes: bands[-1].text(0.01, 0.5, literal("\n".join(notes)), va="center", fontsize=8, color="0.4")
-    return figure
-
-# %% ../nbs/65_plots.ipynb #c030
+# %% ../nbs/65_plots.ipynb #c034
 def _row(data, name, what):
     "One row's change and, where there is one, its standard deviation [G]."
     if name not in data.obs_names:
@@ -201,7 +212,7 @@ def _row(data, name, what):
     std = np.asarray(row.layers["std"]).ravel() if "std" in row.layers else None
     return pd.Series(np.asarray(value).ravel(), data.var_names), std
 
-# %% ../nbs/65_plots.ipynb #c031
+# %% ../nbs/65_plots.ipynb #c035
 def plot_effect(
     prediction, # AnnData of `predict`
     observed, # AnnData of `effects`
@@ -233,7 +244,7 @@ def plot_effect(
     sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/65_plots.ipynb #c038
+# %% ../nbs/65_plots.ipynb #c042
 def plot_training(
     # what `pretrain` and `train` return: step, loss parts, perhaps validation
     history: pd.DataFrame,
@@ -270,5 +281,5 @@ def plot_training(
         sns.despine(ax=ax)
     return figure
 
-# %% ../nbs/65_plots.ipynb #c047
+# %% ../nbs/65_plots.ipynb #c051
 document(globals())

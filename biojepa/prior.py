@@ -187,6 +187,7 @@ def from_state(cls: Prior,
         self.response = LinearResponse()
         self.response.matrix = arrays["response"].astype(np.float64)
         self.response.genes = self.genes
+        self.response.index = {g: i for i, g in enumerate(self.genes)}
         self.response.own = {m: tuple(v) for m, v in facts["own"].items()}
         self.response.control = {k[8:]: v for k, v in arrays.items() if k.startswith("control.")}
     return self

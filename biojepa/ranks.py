@@ -28,7 +28,7 @@ DISTANCES = {
 
 @lru_cache(8)
 def places(
-    case: Case, # with predicted and observed effects, the training mean and the target genes
+    case: Case, # with both effects (log1p), the training mean and the target genes
     distance: str = "cosine", # of DISTANCES, beyond the training mean
     own: bool = False, # leave out only the target of the perturbation that is asked about
     rounding: float = 1e-9, # smaller differences are none, in units of the largest distance or 1

@@ -150,7 +150,7 @@ def plot_examples(
     axes[0].set_ylabel("predicted change", fontsize=8)
     return figure
 
-# %% ../nbs/68_report.ipynb #c029
+# %% ../nbs/68_report.ipynb #c030
 def calibration(
     card, # a Card
     split: str | None = None, # default: the one with the most perturbations
@@ -183,13 +183,13 @@ def plot_calibration(
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/68_report.ipynb #c036
+# %% ../nbs/68_report.ipynb #c037
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:12px;margin:1em 0;display:block;overflow-x:auto}
 td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #eee}
 th{text-align:left}img{max-width:100%}.grey{color:#aaa}.note{color:#666;font-size:13px}"""
 
-# %% ../nbs/68_report.ipynb #c037
+# %% ../nbs/68_report.ipynb #c038
 def _picture(figure, words):
     "A figure as an <img> that carries its own bytes; the figure is closed."
     figure = getattr(figure, "figure", figure)
@@ -218,7 +218,7 @@ def _table(frame, grey=()):
     ]
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
-# %% ../nbs/68_report.ipynb #c039
+# %% ../nbs/68_report.ipynb #c040
 def _against(card, model, metric, split, row):
     "How a model compares with the best baseline; nothing where there is none."
     if row.baseline in ("none", model): return ""
@@ -237,10 +237,11 @@ def headline(
     split = split or _largest(card)
     row = card.table.query("split == @split and metric == @metric and model == @model").iloc[0]
     if row.n < FEW: return f"{model}: {few_words(split, row.n)}."
+    known = row.ceiling_by != "none"
+    ceiling = f"ceiling {row.ceiling:.3f} by {row.ceiling_by}" if known else "no ceiling known"
     out = (
         f"{model}: {metric} {row.value:.3f} on {split}, {row.n} perturbations (floor "
-        f"{row.floor:.3f}, split half {row.split_half:.3f}, ceiling {row.ceiling:.3f} by "
-        f"{row.ceiling_by})"
+        f"{row.floor:.3f}, split half {row.split_half:.3f}, {ceiling})"
     )
     out += _against(card, model, metric, split, row)
     used = set(card.uses_action(metric).query("split == @split and model == @model").falls)
@@ -249,7 +250,7 @@ def headline(
     if row.suspicious == "yes": out += "; suspicious, since it is above the ceiling"
     return out + (". This metric cannot tell good from bad here." if row.tells == "no" else ".")
 
-# %% ../nbs/68_report.ipynb #c041
+# %% ../nbs/68_report.ipynb #c042
 def metric_tables(
     card, # a Card
     split: str | None = None, # default: the one with the most perturbations
@@ -272,11 +273,11 @@ def metric_tables(
     grey = [m for m in wide.index if wide.tells[m] != "yes"]
     return _table(wide.drop(flatter), grey), _table(wide.loc[flatter], flatter)
 
-# %% ../nbs/68_report.ipynb #c043
+# %% ../nbs/68_report.ipynb #c044
 WARNING = (
     "These columns compare cells, or expression and not change. no_change, which "
-    "knows nothing of the perturbation, scores nearly what the truth would: read "
-    "them beside that row only."
+    "predicts no effect, scores nearly what the truth would: read them beside that "
+    "row only."
 )
 
 PROBED = (
@@ -286,11 +287,11 @@ PROBED = (
     "Actions are held-out targets. floor = shuffled labels."
 )
 
-# %% ../nbs/68_report.ipynb #c044
+# %% ../nbs/68_report.ipynb #c045
 def _on_models(card, shown):
     "Headings and contents about the models that are not baselines."
     models = _judged(card)
-    made = [f"{m}: an effect is made of {card.made_of[m]}." for m in models if m in card.made_of]
+    made = [f"What answers for {m}: {card.made_of[m]}." for m in models if m in card.made_of]
     notes = "".join(f"<p class=note>{html.escape(x)}</p>" for x in (*made, *card.notes()))
     pert = "pearson_pert" in shown
     if pert:
@@ -309,7 +310,7 @@ def _on_models(card, shown):
     if len(calibration(card)):
         yield "How often is the truth within the intervals?", _picture(plot_calibration(card), "calibration")
 
-# %% ../nbs/68_report.ipynb #c045
+# %% ../nbs/68_report.ipynb #c046
 def _on_controls(card, shown):
     "Negative controls, probes, and who is first."
     if "pearson_pert" in shown and card.controls is not None and len(card.controls):
@@ -347,7 +348,7 @@ def _on_metrics(card):
     rows = [dict(best=m.best or "-", unit=m.unit, definition=m.definition) for m in used]
     yield "Definitions", _table(pd.DataFrame(rows, [m.name for m in used]))
 
-# %% ../nbs/68_report.ipynb #c047
+# %% ../nbs/68_report.ipynb #c048
 def write_report(
     card, # a Card, with baselines or without
     path, # of the html file
@@ -371,5 +372,5 @@ def to_html(self: Card,
     "A page with the tables and figures that one looks at first."
     return write_report(self, path)
 
-# %% ../nbs/68_report.ipynb #c062
+# %% ../nbs/68_report.ipynb #c063
 document(globals())

@@ -20,7 +20,6 @@ from .patching import document, patch
 from .effects import agreements, centred_correlation, control_means, effects
 from .sets import SetSampler
 from .perturbations import actions_of
-from .featurizers import encode_actions
 from .decoders import fit_decoders
 from .prior import CLEAR
 from .loop import BadModel, clear_parts, pick_device, write_atomic
@@ -67,6 +66,7 @@ def what_differs(
         if a == b: continue
         if k == "cells": return "other cells"
         if k == "features": return "other features"
+        if k == "gene_sets": return "other gene sets"
         if k == "split": return f"other split: {_of_split(b)}, was {_of_split(a)}"
         if not (isinstance(a, dict) and isinstance(b, dict)): return f"option {k}: {b}, was {a}"
         own = next(i for i in dict.fromkeys([*b, *a]) if a.get(i) != b.get(i))
@@ -138,7 +138,7 @@ class FitRun:
 @patch
 def pretrain(self: FitRun):
     "The action-free stage."
-    if not self.pretraining.steps: return
+    if not self.pretraining.steps or self.owner.model.config.preset == "v0_1": return
     owner = self.owner
     owner.history["pretraining"] = pretrain(
         owner.model.to(self.device),
@@ -156,7 +156,7 @@ def train(self: FitRun):
     owner = self.owner
     base = self.owner.model.config.preset == "base"
     sampler = SetSampler(self.seen, m=self.training.cells if base else 1, seed=owner.seed)
-    actions = encode_actions(actions_of(sampler.groups), owner.genes, owner.table)
+    actions = owner.encode_actions(actions_of(sampler.groups))
     observed = effects(self.seen)
     explained = owner.closed_form.held_out if owner.closed_form else None
     target = effect_target(observed, sampler.groups, explained) if base else None
@@ -170,16 +170,15 @@ def validation(self: FitRun):
     "A function that scores the model on validation perturbations, or None when there are none."
     owner = self.owner
     held = self.split_effects("val")
-    if held is None: return None
+    if held is None or owner.model.config.preset != "base": return None
     centre = effects(self.seen).X.mean(0)
     actions = actions_of(held.obs)
     contexts = list(held.obs.cell_type)
-    encoded = encode_actions(actions, owner.genes, owner.table)
+    encoded = owner.encode_actions(actions)
     fixed = owner.closed_form.predict(actions, contexts)[0] if owner.closed_form else 0.0
     self.held = held
     self.fixed = fixed
     self.encoded = encoded
-    if owner.model.config.preset != "base": return None
     return lambda: centred_correlation(
         fixed + owner.change(self.cells, encoded, contexts), held.X, centre
     )

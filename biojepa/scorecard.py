@@ -122,7 +122,14 @@ def _checked(cells, split, predictors, baselines, metrics, controls):
     check(cells)
     chosen(metrics)
     several = list(split) if isinstance(split, list) else [split]
-    for s in several: check_split(s, cells)
+    for s in several:
+        check_split(s, cells)
+        lost = next((n for n in s.test if n not in s.groups), None)
+        if lost:
+            raise ValueError(
+                f"the split does not say how {lost!r} is held out; give it groups, such as "
+                f"{{{lost!r}: 'unseen_gene'}}, or make it with biojepa.split"
+            )
     n = len(several)
     wanted = _baselines(baselines)
     per = _lists(predictors, n)

@@ -16,6 +16,7 @@ from anndata import AnnData
 # %% ../nbs/17_signatures.ipynb #c003
 from .patching import document
 from .cells import MODES, SCHEMA, gene_hash
+from .labels import join_parts, missing, parts
 from .splits import Split, check_split
 
 # %% ../nbs/17_signatures.ipynb #c009
@@ -35,6 +36,10 @@ def _line_column(table, line):
         )
     return table[found[0]]
 
+def _spelled(names):
+    "Perturbations in our spelling: blanks gone, parts of a combination in order."
+    return names.map({n: join_parts(parts(n)) for n in names.unique()})
+
 def _checked(table, line, columns):
     "Perturbation, gene, label and line of each measured pair. Raises BadSignatures."
     lost = [c for c in columns if c not in table]
@@ -42,10 +47,11 @@ def _checked(table, line, columns):
     out = table[list(columns)].set_axis(["perturbation", "gene", "label"], axis=1)
     out = out.assign(line=_line_column(table, line))
     for c, name in zip(("perturbation", "gene", "line"), (*columns[:2], "line")):
-        blank = out[c].isna() | out[c].astype(str).str.strip().isin(["", "nan", "None", "<NA>"])
+        blank = missing(out[c])
         if blank.any():
             raise BadSignatures(f"row {blank.argmax()} has no {name}; fill it or leave the row out")
         out[c] = out[c].astype(str)
+    out["perturbation"] = _spelled(out.perturbation)
     twice = out.duplicated(["perturbation", "gene", "line"])
     first = out[twice].head(1)
     for p, g in zip(first.perturbation, first.gene):
@@ -122,8 +128,13 @@ def read_signatures(
             named = any(c in table for c in LINES)
             line = None if named else f.name.split(".")[0].split("_")[0]
             each.append(_checked(table, line, columns))
-        except (BadSignatures, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-            raise BadSignatures(f"{f.name}: {e}") from None
+        except BadSignatures as e: raise BadSignatures(f"{f.name}: {e}") from None
+        except Exception as e:
+            why = " ".join(str(e).split())[:100]
+            raise BadSignatures(
+                f"{f.name} cannot be read ({type(e).__name__}: {why}): fetch it again, or write it "
+                "again as csv"
+            ) from e
     together = pd.concat(each, ignore_index=True)
     _checked(together, "line", ("perturbation", "gene", "label"))
     return _wide(together, mode)
@@ -143,7 +154,7 @@ def value_signatures(
 ) -> AnnData: # a dataset of kind 'signature' whose target is 'values'
     "Continuous effects as signatures. Raises BadSignatures."
     _check_mode(mode)
-    name = table.index.astype(str)
+    name = _spelled(table.index.astype(str))
     each = [line] * len(name) if isinstance(line, str) else list(line)
     if len(each) != len(name):
         raise BadSignatures(

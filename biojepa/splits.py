@@ -12,8 +12,8 @@ import numpy as np
 from anndata import AnnData
 
 # %% ../nbs/14_splits.ipynb #c004
-from .aliases import warn_of_cells, warn_of_names
-from .cells import CONTROL, parts
+from .aliases import warn_of_cells, warn_of_names, warn_of_strangers
+from .cells import CONTROL, join_parts, parts
 from .patching import document, patch
 
 # %% ../nbs/14_splits.ipynb #c010
@@ -35,6 +35,11 @@ class Split:
     groups: dict = field(default_factory=dict, hash=False)
     test_contexts: tuple = ()   # cell types whose treated cells only test
     val_contexts: tuple = ()    # cell types whose treated cells only choose
+
+    def __post_init__(self):
+        def ours(name): return join_parts(parts(name))
+        for part in PARTS: object.__setattr__(self, part, tuple(map(ours, getattr(self, part))))
+        object.__setattr__(self, "groups", {ours(n): kind for n, kind in self.groups.items()})
 
     def to_dict(self) -> dict: # of strings, numbers and lists of them
         "For a JSON file."
@@ -126,7 +131,9 @@ def _warn(split, cells):
     "Warn of targets and of treated cells that seem to stand on two sides."
     sides = [tuple((p, _genes(getattr(split, p))) for p in pair) for pair in _sides(split)]
     warn_of_names(sides)
-    if cells is None or cells.X is None: return
+    if cells is None: return
+    warn_of_strangers(split.train, cells.obs)
+    if cells.X is None: return
     masks = np.stack([split.mask(cells, p) for p in PARTS])
     masks[:, (cells.obs.perturbation == CONTROL).to_numpy()] = False
     warn_of_cells(cells, np.where(masks.any(0), masks.argmax(0), -1), PARTS)

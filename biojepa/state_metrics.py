@@ -26,7 +26,7 @@ def _guess(case):
 
 @metric("global_mse", best="low", unit="log1p^2", **SEED)
 def global_mse(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], log1p^2
     """Mean over cells and genes of (y_hat - y)^2; y a treated cell, y_hat the mean control of its
     batches plus d_hat, not below 0. Mostly the scatter of single cells."""
@@ -47,7 +47,7 @@ def _cell_top(case):
 
 @metric("pearson_top20", **SEED)
 def pearson_top20(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], -1 to 1
     """Mean over cells of the Pearson correlation of y_hat - x and y - x (x a random control cell)
     over the 20 genes with the largest |y - x| of that cell. Both hold -x, so no change scores
@@ -65,7 +65,7 @@ def _r2_rows(guess, mean):
 
 @metric("r2_all", unit="R2", **SEED)
 def r2_all(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], at most 1
     """R2 over all genes of y_hat and the mean treated cell, in expression. Printed as mean and as
     median over perturbations (Lotfollahi et al. 2023)."""
@@ -75,7 +75,7 @@ def r2_all(
 
 @metric("r2_top50", unit="R2", **SEED)
 def r2_top50(
-    case: Case, # with predicted effects, control and treated cells
+    case: Case, # with predicted effects (log1p), control and treated cells
 ) -> np.ndarray: # [P], at most 1
     "R2 as above over the 50 genes with the largest |mean y - mean x|."
     if case.treated is None: return case.nothing()
@@ -86,7 +86,7 @@ def r2_top50(
 # %% ../nbs/63_state_metrics.ipynb #c012
 @metric("mean_shift", best="", unit="log1p", **SEED)
 def mean_shift(
-    case: Case, # with predicted effects
+    case: Case, # with predicted effects (log1p)
 ) -> np.ndarray: # [P], log1p
     """Mean over genes of |d_hat|, the predicted change. No score: it is 0 where the model predicts
     no change at all."""

@@ -49,6 +49,43 @@ def refused(f, error=BadFeatures):
 
 # actions
 
+@pytest.mark.parametrize("text", ["nan", "NA", "None", "<NA>", "n/a", " NULL "])
+def test_a_missing_name_is_no_target(text):
+    for make in (Part, Action.parse, lambda n: Action.parse("GENE1+" + n)):
+        assert "missing name" in refused(lambda: make(text), BadAction)
+    assert Action.parse("NANOG").targets == ("NANOG",)
+
+
+def test_an_amount_is_no_target():
+    for label in ("GENE1+10uM", "JQ1+24h"):
+        assert "no target" in refused(lambda: Action.parse(label, "drug"), BadAction)
+    assert Action.parse("5-FU+GENE1", "drug").targets == ("5-FU", "GENE1")
+
+
+@pytest.mark.parametrize("what", ["dose", "time"])
+def test_numbers_are_those_that_people_write(what):
+    for bad in (True, np.True_, "0_5", "1,5", "10uM", "inf", "", None, [1, 2]):
+        message = refused(lambda: Part("GENE1", **{what: bad}), BadAction)
+        assert "'GENE1'" in message and what in message and repr(bad) in message
+    for good, value in (("0.5", 0.5), (" 1e-3 ", 0.001), (np.float32(2), 2.0), (np.int64(3), 3.0)):
+        assert getattr(Part("GENE1", **{what: good}), what) == value
+    table = pd.DataFrame({"perturbation": ["GENE1"], what: ["0_5"]})
+    assert "'0_5'" in refused(lambda: actions_of(table), BadAction)
+
+
+@few
+@given(st.lists(st.sampled_from(["(+)-JQ1", "(+/-)-X", "A_+_6", "2i (LIF+MEKi)", "GENE1"]), min_size=1,
+                unique=True))
+def test_a_plus_that_joins_nothing_is_no_joint(labels):
+    "As people write it or as `prepare` does: one action, with as many parts as labels."
+    from biojepa.labels import cut, join_parts, parts
+    if "A_+_6" in labels: labels = ["A_+_6"]  # no target ends or begins with a mark: it stands alone
+    name = "+".join(labels)
+    action = Action.parse(name, "drug")
+    assert len(action) == len(labels) and action == Action.parse(join_parts(cut(name)), "drug")
+    assert parts(name) == action.targets and parts(action.name) == action.targets
+
+
 @few
 @given(part_lists, st.randoms())
 def test_order_of_parts_is_forgotten(parts, random):
@@ -227,12 +264,14 @@ def test_bad_tables_are_named(break_it, said):
 
 
 def test_bad_files_are_named(tmp_path):
-    assert "features.xlsx" in refused(lambda: as_table("features.xlsx"))
+    (tmp_path / "features.xlsx").touch()
+    assert "features.xlsx" in refused(lambda: as_table(tmp_path / "features.xlsx"))
     np.savez(tmp_path / "x.npz", a=np.ones(3))
     assert "x.npz" in refused(lambda: as_table(tmp_path / "x.npz"))
     (tmp_path / "empty").mkdir()
     assert "no .npz" in refused(lambda: as_table(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError): as_table(tmp_path / "nothing.csv")
+    with pytest.raises(FileNotFoundError, match="nothing.xlsx"): as_table(tmp_path / "nothing.xlsx")
     assert "at least one" in refused(lambda: as_table({}))
 
 

@@ -14,7 +14,8 @@ from biojepa.prepare import prepare
 from biojepa.effects import effects
 from biojepa.effects import mean_agreement
 from biojepa.baselines import CopySource, MatchingMean, validation
-from biojepa.learned_baselines import ALL_BASELINES, Bilinear, ResponseEffects, RidgeResponse
+from biojepa.feature_regression import Bilinear
+from biojepa.learned_baselines import ALL_BASELINES, ResponseEffects, RidgeResponse
 from biojepa.simulator import simulate, simulated_features
 from biojepa.splits import Leak, split
 
@@ -247,7 +248,7 @@ def test_several_cell_types_each_have_their_own_mean():
 def test_ridge_is_chosen_by_both_agreements():
     from sklearn.linear_model import Ridge
     from biojepa.effects import pearson_rows
-    from biojepa.learned_baselines import ALPHAS, RidgeEffects
+    from biojepa.feature_regression import ALPHAS, RidgeEffects
     from biojepa.effects import effects
     differs = np.zeros(2, int)
     for seed in range(6):

@@ -1,12 +1,15 @@
 "Training, floor and estimator: laws of the exported modules on small simulated screens."
 import copy
 import json
+import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +22,7 @@ from biojepa.demo import budget, real_splits
 from biojepa.effects import centred_correlation
 from biojepa.run import network_share
 from biojepa.estimator import BioJEPA
+from biojepa.gene_sets import BadGeneSets, pathway_matrix, read_gene_sets
 from biojepa.symbols import Symbols
 from biojepa.featurizers import BadFeatures, MissingFeatures, as_table, encode_actions
 from biojepa.model import among, build, configure
@@ -989,3 +993,134 @@ def test_a_failed_write_leaves_the_old_model_whole(whole_model, tmp_path, monkey
         m.setattr("os.replace", full)
         with pytest.raises(OSError): model.save(whole)
     assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+@pytest.mark.parametrize("sep, label, ours", [("+", "(+)-JQ1", "(plus)-JQ1"), (None, "A+B", "A plus B")])
+def test_a_label_with_a_plus_is_understood_as_it_was_written(sep, label, ours):
+    "Features, split, predict, dose and scorecard take the label of the file and our name for it alike."
+    from biojepa.scorecard import scorecard
+    raw = simulate(n_genes=48, n_perturbations=16, cells_per_perturbation=12, seed=3)
+    first = sorted(set(raw.obs.perturbation) - {"control"})[0]
+    raw.obs["perturbation"] = raw.obs.perturbation.astype(str).replace({first: label})
+    cells = prepare(raw, n_genes=48, sep=sep)
+    names = sorted(set(cells.obs.perturbation) - {"control"})
+    assert ours in names
+    written = [label if n == ours and sep else n for n in names]
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(16, 4)), index=written)
+    rest = [n for n in written if n not in (label, ours)]
+    asked = label if sep else ours
+    fold = Split("by hand", 0, (asked, *rest[6:]), (), tuple(rest[:6]))
+    model = BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
+    assert ours in fold.train and not model.table.missing([ours])
+    dose = {label: 1.0} if sep else 1.0
+    one, two = (model.predict(cells, [n], dose=dose) for n in (label, ours))
+    assert np.array_equal(one.layers["delta"], two.layers["delta"]) and one.obs.support.iloc[0] == 1
+    held = Split("by hand", 0, tuple(rest[6:]), (), (asked, *rest[:6]))
+    with pytest.raises(ValueError, match=r"does not say how .* is held out"): scorecard(cells, held, {}, "none")
+    held = replace(held, groups=dict.fromkeys((asked, *rest[:6]), "unseen_gene"))
+    effect = effects(cells).to_df().rename(index={ours: asked})
+    card = scorecard(cells, held, {"perfect": effect}, "none", metrics=["mse"], n_boot=20)
+    assert card.table.value.abs().max() < 1e-6
+
+
+def test_names_without_cells_are_warned_of():
+    cells = prepare(simulate(n_genes=48, n_perturbations=12, cells_per_perturbation=12, seed=3), n_genes=48)
+    fold = split(cells, seed=0)
+    with pytest.warns(UserWarning, match="1 of .* training names have no cell here, such as 'NOPE'"):
+        BioJEPA.fit(cells, replace(fold, train=(*fold.train, "NOPE")), network=False, progress=False)
+
+
+JOINT = {k: v for k, v in TINY.items() if k != "pretraining"}
+GENE_SETS = (
+    Path(os.environ.get("BIOJEPA_DATA", Path(__file__).resolve().parents[2] / "shared")) / "priors/genesets"
+)
+
+
+@pytest.fixture(scope="module")
+def programmes(screen):
+    genes = list(screen[0].var_names)
+    return {f"programme {k}": genes[4 * k : 4 * k + 5] for k in range(9)}
+
+
+@pytest.fixture(scope="module")
+def numbered(screen, programmes):
+    return BioJEPA.fit(screen[0], screen[2], preset="v0_1", gene_sets=programmes, **JOINT)
+
+
+def test_v01_repeats_what_it_has_seen_and_refuses_the_rest(numbered, screen, tmp_path):
+    cells, _, fold = screen
+    answer = numbered.predict(cells, list(fold.train[:2]), cell_type="LINE0")
+    assert np.isfinite(answer.X).all() and np.isfinite(answer.layers["std"]).all()
+    assert "pretraining" not in numbered.history
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                            # one sentence, no warning before it
+        with pytest.raises(BadAction, match="has no number: preset v0_1 answers only the"):
+            numbered.predict(cells, [fold.test[0]])
+    numbered.save(tmp_path)
+    again = BioJEPA.load(tmp_path)
+    assert np.allclose(again.predict(cells, list(fold.train[:2]), cell_type="LINE0").X, answer.X, atol=1e-6)
+    pd_frame = again.pathway_attention(cells)
+    assert pd_frame.equals(numbered.pathway_attention(cells))
+    with pytest.raises(ValueError, match="has no pretraining"):
+        BioJEPA.fit(cells, fold, preset="v0_1", pretraining=dict(steps=3), **JOINT)
+
+
+def test_v01_trains_all_its_parts_together(screen):
+    cells, _, fold = screen
+    out = BioJEPA.fit(cells, fold, preset="v0_1", **{**JOINT, "model": dict(TINY["model"], pathways=6)})
+    config = out.model.config
+    start = build(config, 0)
+    moved = {k for k, v in out.model.state_dict().items() if not torch.equal(v.cpu(), start.state_dict()[k])}
+    assert {"student.pathways", "student.identity.weight", "teacher.encoder.pathways"} <= moved
+    assert config.perturbations == fold.train and "begun at random" in out.what_answers()
+
+
+@pytest.mark.parametrize("preset", ["v0_2", "v0_1"])
+def test_pathways_begin_from_gene_sets_and_keep_their_names(preset, screen, programmes, tmp_path):
+    cells, _, fold = screen
+    how = {**JOINT, "training": dict(steps=0), "gene_sets": programmes}
+    if preset == "v0_2": how["pretraining"] = dict(steps=0)
+    out = BioJEPA.fit(cells, fold, preset=preset, out=tmp_path, **how)
+    start = pathway_matrix(programmes, cells.var_names)
+    assert np.array_equal(out.student.pathways.detach().numpy(), start.to_numpy())
+    assert np.array_equal(out.teacher.encoder.pathways.numpy(), start.to_numpy())
+    attention = BioJEPA.load(tmp_path).pathway_attention(cells, "LINE1", layer=0)
+    assert list(attention) == list(attention.index) == list(programmes)
+    assert np.allclose(attention.sum(1), 1, atol=1e-5)
+    with pytest.raises(ValueError, match="other gene sets"):
+        BioJEPA.fit(cells, fold, preset=preset, out=tmp_path, **{**how, "gene_sets": {**programmes,
+            "programme 0": list(cells.var_names[5:9])}})
+    few_sets = {**how, "model": dict(TINY["model"], pathways=2)}
+    assert BioJEPA.fit(cells, fold, preset=preset, **few_sets).model.config.pathways == 2
+
+
+@pytest.mark.parametrize(
+    "preset, sets, says",
+    [
+        ("v0_2", {"drugs": ["aspirin"]}, "no gene of the 1 gene sets .*'aspirin'.* is among the 48 genes"),
+        ("v0_2", {"drugs": []}, "the set 'drugs' has no genes: leave it out"),
+        ("v0_1", {"drugs": "GENE1"}, "the set 'drugs' is 'GENE1': give a list"),
+        ("base", {"one": ["GENE1"]}, "preset 'base' has no pathway tokens"),
+        ("v0_1", "a\t-\tGENE1\na\t-\tGENE2\n", "the set 'a' stands twice .line 2."),
+        ("v0_1", "gene,set\n", "line 1, has no tab: a GMT file has"),
+    ],
+)
+def test_gene_sets_that_cannot_start_a_model_are_named(preset, sets, says, screen, tmp_path):
+    if isinstance(sets, str):
+        (tmp_path / "sets.gmt").write_text(sets)
+        sets = tmp_path / "sets.gmt"
+    with pytest.raises(BadGeneSets, match=says):
+        BioJEPA.fit(screen[0], screen[2], preset=preset, gene_sets=sets, out=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.skipif(not GENE_SETS.exists(), reason="set BIOJEPA_DATA to the folder of the real extracts")
+def test_real_gene_sets_become_pathways():
+    hallmark = read_gene_sets(GENE_SETS / "h.all.v7.0.symbols.gmt")
+    reactome = read_gene_sets(GENE_SETS / "ReactomePathways.gmt")
+    assert (len(hallmark), len(reactome)) == (50, 2444)
+    genes = sorted({g for members in hallmark.values() for g in members})[::2] + ["NOSUCHGENE"]
+    start = pathway_matrix(hallmark, genes)
+    assert list(start) == list(hallmark) and not start.loc["NOSUCHGENE"].any()
+    assert start.loc[[g for g in genes if g in hallmark["HALLMARK_HYPOXIA"]], "HALLMARK_HYPOXIA"].all()
+    assert pathway_matrix(reactome, genes, most=1024).shape == (len(genes), 1024)

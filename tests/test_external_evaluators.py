@@ -85,7 +85,7 @@ def screen():
 @pytest.fixture(scope="module")
 def files(screen, tmp_path_factory):
     cells, fold, table = screen
-    return to_cell_eval(cells, fold, table, tmp_path_factory.mktemp("exchange"))
+    return to_cell_eval(cells, fold, table, tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")

@@ -286,6 +286,94 @@ def test_real_averages_are_those_of_the_table():
     )
 
 
+# files of features
+
+FRAME = pd.DataFrame(
+    {"x": [1.0, 2.0, 3.0], "y": [4.0, 5.0, 6.5]}, index=pd.Index(["TP53", "KLF1", "MYC"], name="symbol")
+)
+
+
+def written(folder, kind):
+    "FRAME as a file of some kind."
+    path = folder / f"go.{kind}"
+    if kind == "npz":
+        np.savez(path, symbol=np.array(FRAME.index, dtype=str), emb=FRAME.to_numpy())
+    elif kind == "parquet": FRAME.to_parquet(path)
+    else: FRAME.to_csv(path, sep={"csv": ",", "tsv": "\t"}[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "npz", "parquet"])
+def test_a_damaged_file_is_one_sentence(tmp_path, kind):
+    """The whole file gives its numbers; cut short, or with bytes changed, it gives the numbers or a
+    BadFeatures that names the file."""
+    path = written(tmp_path, kind)
+    whole = path.read_bytes()
+    assert np.array_equal(FeatureTable.read(path).sources["go"], FRAME)
+    clear = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        bytes_ = bytearray(whole[: rng.integers(len(whole))] if seed % 3 == 0 else whole)
+        for _ in range(seed % 3): bytes_[rng.integers(len(bytes_))] = rng.integers(256)
+        path.write_bytes(bytes_)
+        try: FeatureTable.read(path)
+        except BadFeatures as e:
+            clear += 1
+            assert str(e).startswith(path.name) and "\n" not in str(e)
+    assert clear > 10
+    path.write_bytes(whole[: len(whole) // 2] if kind in ("npz", "parquet") else b"")
+    assert path.name in refused(lambda: FeatureTable.read(path), BadFeatures)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "first line"),
+        ("symbol,x\n", "empty (0 rows"),
+        ("symbol;x\nA;1", "commas part them"),
+        ("x,y\nA,1,2\nB,1,2", "line 2 has 3"),
+        ("symbol,x,x\nA,1,2", "column 'x' stands twice"),
+        (",symbol,x\n0,A,1", "column 1 has no name"),
+        ("symbol,x,y\nA,1,2\nB,hello,3", "'hello' of 'B'"),
+        ("symbol,x\nA,1\nB,1_0", "'1_0' of 'B'"),
+        ("symbol,x\nA,1\nB,inf", "symbol 'B', column 'x' is inf"),
+        ("symbol,x\nA,1\nB,1e300", "symbol 'B', column 'x' is 1e+300"),
+        ("symbol,x\nA,1\nB,", "symbol 'B', column 'x' is nan"),
+        ("symbol,x\nA,1\nA,2", "symbol 'A' stands twice"),
+        ("symbol,x\nA,1\nA ,2", "symbol 'A' stands twice"),
+        ("symbol,x\nA,1\ncontrol,2", "row 2 is called 'control'"),
+        ("symbol,x\nA,1\nA+B,2", "'A+B' is a combination"),
+        (",x\n0,1\n1,2", "numbers of rows"),
+        *((f"symbol,x\nA,1\n{n},2", "row 2 has no name") for n in ("nan", "NA", "None", "<NA>", "")),
+    ],
+)
+def test_what_is_no_table_of_features_is_named(tmp_path, text, says):
+    path = tmp_path / "go.csv"
+    path.write_text(text)
+    message = refused(lambda: FeatureTable.read(path), BadFeatures)
+    assert message.startswith("go.csv: ") and says in message
+
+
+def test_names_of_features_are_ours():
+    "Blanks go, a plus that joins nothing is spelled out, capitals are kept with a warning."
+    own = FRAME.set_axis([" TP53", "(+)-JQ1", "tp53"])
+    with pytest.warns(UserWarning, match="'TP53' and 'tp53' are taken for two targets"):
+        table = FeatureTable.from_frame(own)
+    assert list(table.sources["features"].index) == ["TP53", "(plus)-JQ1", "tp53"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        again = FeatureTable.from_state(table.state())
+    assert again.sources["features"].equals(table.sources["features"])
+    for odd, says in (
+        (FRAME.set_axis(["x", "x"], axis=1), "column 'x' stands twice"),
+        (FRAME.set_index("x", append=True), "2 names each"),
+        (FRAME * 1j, "not numeric"),
+        (FRAME.set_axis(["A", None, "B"]), "row 2 has no name"),
+    ):
+        assert says in refused(lambda: FeatureTable({"go": odd}), BadFeatures)
+    assert "not int" in refused(lambda: FeatureTable.read(7), BadFeatures)
+
+
 # modes and guides
 
 def test_modes_say_the_same_until_the_gate_has_learned():

@@ -179,6 +179,18 @@ def test_v02_counts_are_law():
     assert count_parameters(model.teacher) == 0 and model.masked_predictor is None
 
 
+def test_v01_counts_are_law():
+    many = tuple(f"GENE{i}" for i in range(2057))
+    with torch.device("meta"):
+        from biojepa.model import WorldModel
+        model = WorldModel(configure("v0_1", n_genes=5000, perturbations=many))
+    assert (
+        count_parameters(model.student) == 11_139_584
+        and count_parameters(model.predictor) == 8_021_504
+    )
+    assert count_parameters(model.teacher) == 0 and model.masked_predictor is None
+
+
 def test_v03_cross_attention_cannot_tell_genes_apart():
     torch.manual_seed(0)
     old = PredictorV03(G, D, 2, 1)
@@ -211,7 +223,7 @@ def test_masked_predictor_answers_each_gene_by_itself():
     assert (answer[:, 0] - answer[:, 1]).norm() > .01
 
 
-@pytest.mark.parametrize("preset", ["base", "v0_3", "v0_2"])
+@pytest.mark.parametrize("preset", ["base", "v0_3", "v0_2", "v0_1"])
 def test_build_is_seeded_and_config_survives(preset):
     config = configure(preset, n_genes=G, width=D, heads=2, layers=1, predictor_layers=1)
     before = torch.random.get_rng_state()
@@ -241,7 +253,8 @@ def test_context_is_a_set_mean_and_both_presets_answer(preset):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(preset="v9"), dict(width=30), dict(preset="base", colour="red")]
+    "bad", [dict(preset="v9"), dict(width=30), dict(preset="base", colour="red"),
+            dict(preset="v0_2", pathway_names=("one",))]
 )
 def test_bad_configurations_are_refused(bad):
     with pytest.raises((ValueError, TypeError)): configure(**{"n_genes": G, **bad})

@@ -1,4 +1,4 @@
-"The exchange with peers: what is handed over, what may come back, and the rows that come of it. No peer runs here."
+"Tasks for peers: what the files hold, which predictions are accepted, and the rows that come of them. No peer runs here."
 import ast
 import json
 import re
@@ -18,7 +18,7 @@ from biojepa.splits import Leak, Split
 
 HERE = Path(__file__).resolve().parents[1]/"benchmarks/peers"
 sys.path.insert(0, str(HERE))
-import exchange  # noqa: E402
+import task_files  # noqa: E402
 import run  # noqa: E402
 
 SCRIPTS = sorted(HERE.glob("peer_*.py"))
@@ -34,13 +34,13 @@ def screen():
 
 
 @pytest.fixture()
-def task(screen, tmp_path): return exchange.hand_over(*screen, tmp_path/"task", dataset="toy")
+def task(screen, tmp_path): return task_files.write_task(*screen, tmp_path/"task", dataset="toy")
 
 
 def test_same_cells_same_split(screen, task):
     cells, split, _ = screen
     given = anndata.read_h5ad(task/"cells.h5ad")
-    told = json.loads((task/"task.json").read_text())
+    settings = json.loads((task/"task.json").read_text())
     held = cells.obs.perturbation.isin(split.test).to_numpy()
     assert (
         list(given.obs_names) == list(cells.obs_names[~held])
@@ -49,8 +49,8 @@ def test_same_cells_same_split(screen, task):
     assert (given.layers["counts"] != cells[~held].layers["counts"]).nnz == 0
     for part in ("train", "val"):
         own = given.obs.perturbation[given.obs.part == part]
-        assert set(own) - {CONTROL} == set(getattr(split, part)) == set(told[part])
-    assert Split.from_dict(told["split"]) == split and told["test"] == list(split.test)
+        assert set(own) - {CONTROL} == set(getattr(split, part)) == set(settings[part])
+    assert Split.from_dict(settings["split"]) == split and settings["test"] == list(split.test)
 
 
 def test_nothing_of_a_test_perturbation_nor_of_the_truth(screen, task):
@@ -59,67 +59,67 @@ def test_nothing_of_a_test_perturbation_nor_of_the_truth(screen, task):
     assert not set(given.obs.perturbation) & set(split.test)
     # what must not go out
     assert "truth" in cells.uns and "guide_failed" in cells.obs
-    assert set(given.uns) == {"biojepa"} and set(given.obs) == {*exchange.COLUMNS, "part"}
+    assert set(given.uns) == {"biojepa"} and set(given.obs) == {*task_files.COLUMNS, "part"}
 
 
 def test_features_are_those_of_base_and_ridge(screen, task):
     cells, split, features = screen
     given = anndata.read_h5ad(task/"features.h5ad")
-    fitted = as_table(features).fit(exchange.targets_of(split.train))
-    assert set(exchange.targets_of(split.test)) <= set(given.obs_names)
+    fitted = as_table(features).fit(task_files.targets_of(split.train))
+    assert set(task_files.targets_of(split.test)) <= set(given.obs_names)
     np.testing.assert_allclose(given.X, features.loc[given.obs_names].to_numpy(), rtol=1e-6)
     np.testing.assert_allclose(given.obsm["white"], fitted.transform(given.obs_names)[0], rtol=1e-6)
 
 
-def test_a_leaking_split_is_not_handed_over(screen, tmp_path):
+def test_no_task_is_written_for_a_leaking_split(screen, tmp_path):
     cells, split, features = screen
     leaking = Split.from_dict(split.to_dict() | {"train": (*split.train, split.test[0])})
     with pytest.raises(Leak, match=re.escape(split.test[0])):
-        exchange.hand_over(cells, leaking, features, tmp_path / "task")
+        task_files.write_task(cells, leaking, features, tmp_path / "task")
     assert not (tmp_path/"task").exists()
 
 
 def test_a_new_task_forgets_the_old_answer(screen, task):
     answer(task, screen)
     (task/"measured.json").write_text("{}")
-    exchange.hand_over(*screen, task)
+    task_files.write_task(*screen, task)
     assert not (task/"measured.json").exists() and not (task/"predictions.h5ad").exists()
-    with pytest.raises(exchange.BadAnswer, match="told.json is missing"):
-        exchange.read_back(task, screen[0].var_names, screen[1])
+    with pytest.raises(task_files.BadAnswer, match="about.json is missing"):
+        task_files.read_predictions(task, screen[0].var_names, screen[1])
 
 
-def answer(task, screen, value=None, **told):
+def answer(task, screen, value=None, **about):
     "Write an answer through the peer's side."
-    from handed import Task
+    from task import Task
     peer = Task(task)
     delta = (
         {n: np.full(screen[0].n_vars, 0.5 + i) for i, n in enumerate(peer.test)}
         if value is None
         else value
     )
-    peer.answer(delta, "anndata", **{**dict(epochs=3, features_used="none"), **told})
+    peer.answer(delta, "anndata", **{**dict(epochs=3, features_used="none"), **about})
 
 
 def test_an_answer_comes_back_as_it_was_given(screen, task):
     cells, split, _ = screen
     answer(task, screen, note="all well")
-    table, told = exchange.read_back(task, cells.var_names, split)
+    table, about = task_files.read_predictions(task, cells.var_names, split)
     assert list(table.index) == list(split.test) and list(table.columns) == list(cells.var_names)
     assert (table.to_numpy() == 0.5 + np.arange(len(table))[:, None]).all()
     assert (
-        told["note"] == "all well"
-        and told["epochs"] == "3"
-        and told["version"].startswith("anndata ")
+        about["note"] == "all well"
+        and about["epochs"] == "3"
+        and about["version"].startswith("anndata ")
     )
 
 
 def test_order_does_not_matter(screen, task):
     cells, split, _ = screen
     answer(task, screen)
-    straight = exchange.read_back(task, cells.var_names, split)[0]
+    straight = task_files.read_predictions(task, cells.var_names, split)[0]
     out = anndata.read_h5ad(task/"predictions.h5ad")
     out[::-1, ::-1].copy().write_h5ad(task/"predictions.h5ad")
-    pd.testing.assert_frame_equal(straight, exchange.read_back(task, cells.var_names, split)[0])
+    pd.testing.assert_frame_equal(straight, task_files.read_predictions(task, cells.var_names, split)[0])
 
 
 def spoil(what, out):
@@ -148,19 +148,19 @@ def test_malformed_predictions_are_refused_by_name(screen, task, what, message):
     answer(task, screen)
     spoil(what, anndata.read_h5ad(task/"predictions.h5ad")).write_h5ad(task/"predictions.h5ad")
     with pytest.raises(
-        exchange.BadAnswer, match=re.escape(message.format(*split.test, g=cells.var_names[0]))
+        task_files.BadAnswer, match=re.escape(message.format(*split.test, g=cells.var_names[0]))
     ):
-        exchange.read_back(task, cells.var_names, split)
+        task_files.read_predictions(task, cells.var_names, split)
 
 
-@pytest.mark.parametrize("key", list(exchange.TOLD))
+@pytest.mark.parametrize("key", list(task_files.ABOUT))
 def test_a_peer_must_tell_everything(screen, task, key):
     answer(task, screen)
-    told = json.loads((task/"told.json").read_text())
-    del told[key]
-    (task/"told.json").write_text(json.dumps(told))
-    with pytest.raises(exchange.BadAnswer, match=key):
-        exchange.read_back(task, screen[0].var_names, screen[1])
+    about = json.loads((task/"about.json").read_text())
+    del about[key]
+    (task/"about.json").write_text(json.dumps(about))
+    with pytest.raises(task_files.BadAnswer, match=key):
+        task_files.read_predictions(task, screen[0].var_names, screen[1])
 
 
 def test_a_refused_group_needs_no_answer_and_others_do(screen, task):
@@ -168,16 +168,16 @@ def test_a_refused_group_needs_no_answer_and_others_do(screen, task):
     able = {n: np.zeros(cells.n_vars) for n in split.test if split.groups[n] != "unseen_gene"}
     assert 0 < len(able) < len(split.test)
     answer(task, screen, able, refused={"unseen_gene": "learns one vector per gene"})
-    table, _ = exchange.read_back(task, cells.var_names, split)
+    table, _ = task_files.read_predictions(task, cells.var_names, split)
     assert {n for n in table.index if table.loc[n].isna().all()} == set(split.test) - set(able)
     answer(task, screen, able)
-    with pytest.raises(exchange.BadAnswer, match="no prediction for perturbation"):
-        exchange.read_back(task, cells.var_names, split)
+    with pytest.raises(task_files.BadAnswer, match="no prediction for perturbation"):
+        task_files.read_predictions(task, cells.var_names, split)
 
 
 MEAN = """
 import numpy as np
-from handed import Task
+from task import Task
 task = Task.from_command_line()
 base = task.control_mean()
 delta = np.mean([task.mean(task.names == n) - base for n in task.train], 0)
@@ -262,7 +262,7 @@ def test_a_script_needs_only_its_peer(path):
             else []
         )
     }
-    assert "biojepa" not in imported and "exchange" not in imported and "handed" in imported
+    assert "biojepa" not in imported and "task_files" not in imported and "task" in imported
     pinned = run.pip_words(HERE/"requirements"/run.PEERS[peer])
     assert all("==" in word for words in pinned for word in words if word != "--no-deps") and all(
         "--no-deps" in words for words in pinned[1:]

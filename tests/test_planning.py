@@ -36,6 +36,9 @@ def test_no_answer_where_there_is_none(fitted):
     half = np.isin(np.arange(cells.n_obs), control[::2])
     nothing = bj.plan(model, cells, half, candidates=list(split.train))
     assert nothing.abstains and "scatter" in nothing.reason
+    every = model.predict(cells, list(split.train)).layers["delta"]
+    away = bj.plan(model, cells, pd.Series(-5 * every.mean(0), cells.var_names), candidates=list(split.train))
+    assert away.abstains and (away.table.gap_closed[0] > 0 or "doing nothing" in away.reason)
 
 
 @pytest.mark.parametrize("goal, word", [
@@ -56,3 +59,38 @@ def test_the_way_back_is_the_way_there_turned_round(fitted):
     back = wanted_change("control", cells, list(cells.var_names), start=some)[0]
     assert np.allclose(there, -back, atol=1e-6)
     assert np.isclose(gap_closed(there[None], there, np.ones(60), np.zeros((1, 60), bool))[0], 1)
+
+
+def test_a_loaded_model_plans_the_same(fitted, tmp_path):
+    cells, split, model = fitted
+    goal = bj.effects(cells).to_df().loc[split.train[0]]
+    model.save(tmp_path/"model")
+    names = list(split.train)
+    one, other = (bj.plan(m, cells, goal, candidates=names).table for m in (model, bj.BioJEPA.load(tmp_path/"model")))
+    pd.testing.assert_frame_equal(one, other, atol=1e-4)
+
+
+def test_the_answer_does_not_depend_on_chunks(fitted, monkeypatch):
+    from biojepa import planning
+    cells, split, model = fitted
+    goal = bj.effects(cells).to_df().loc[split.train[0]]
+    whole = bj.plan(model, cells, goal, candidates=list(split.train))
+    monkeypatch.setattr(planning, "CHUNK", 3)
+    parts = bj.plan(model, cells, goal, candidates=list(split.train))
+    pd.testing.assert_frame_equal(whole.table, parts.table)
+    assert whole.p_value == parts.p_value
+
+
+def test_from_a_shell(fitted, tmp_path):
+    from typer.testing import CliRunner
+    from biojepa.cli import app
+    cells, split, model = fitted
+    model.save(tmp_path/"model")
+    cells.write_h5ad(tmp_path/"cells.h5ad")
+    strong = bj.effects(cells).to_df().loc[list(split.train)].pow(2).sum(1).idxmax()
+    words = ["plan", str(tmp_path/"model"), str(tmp_path/"cells.h5ad"), "--out", str(tmp_path/"plan.html")]
+    done = CliRunner().invoke(app, [*words, "--to", f"perturbation={strong}"])
+    assert done.exit_code == 0 and strong in set(pd.read_csv(tmp_path/"plan.csv").perturbation[:3]), done.output
+    for more, word in ((["--to", "lost=1"], "lost=1"), ([], "name one goal"), (["--to", "control", "--up", "GENE1"], "one goal")):
+        wrong = CliRunner().invoke(app, [*words, *more])
+        assert isinstance(wrong.exception, ValueError) and word in str(wrong.exception)

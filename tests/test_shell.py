@@ -227,6 +227,16 @@ def test_features_fit_score_page_predict(cells, annotations, tmp_path):
     assert "support 1.00" in shell(*asked, "--features", tmp_path / "g")
 
 
+def test_the_first_versions_begin_from_a_file_of_gene_sets(cells, tmp_path):
+    genes = list(anndata.read_h5ad(cells).var_names)
+    rows = [f"set {k}\tmade up\t" + "\t".join(genes[5 * k : 5 * k + 6]) for k in range(7)]
+    (tmp_path / "sets.gmt").write_text("\n".join(rows))
+    common = ["--gene-sets", tmp_path / "sets.gmt", "--steps", 4, "--no-progress", "--device", "cpu"]
+    for preset, more in (("v0_1", []), ("v0_2", ["--pretraining-steps", 3])):
+        out = shell("fit", cells, "--out", tmp_path / preset, "--preset", preset, *common, *more)
+        assert "pathways begun from 7 gene sets, such as 'set 0'" in out
+
+
 def test_features_of_proteins_under_old_names(cells, tmp_path):
     """A gene that was renamed since the screen is found by HGNC's table; one without a chain has
     no row."""
@@ -316,6 +326,16 @@ def test_features_of_structures_and_sequences(cells, tmp_path):
         shell("features", cells, "--out", tmp_path / n, *words, "--no-progress")
         for k, x in FeatureTable.read(tmp_path / n).sources.items():
             pd.testing.assert_frame_equal(x, read[k].loc[x.index])
+
+
+def test_names_of_a_table_of_texts(tmp_path):
+    "As people write them; a name with two texts is refused, a copy is not."
+    from biojepa.cli_steps import _column
+    path = tmp_path / "drugs.csv"
+    path.write_text("name,smiles\n(+)-JQ1,CCO\n aspirin ,CC\nNA,C\naspirin,CC\nnone,\n")
+    assert _column(path, "smiles") == {"(plus)-JQ1": "CCO", "aspirin": "CC"}
+    path.write_text("name,smiles\naspirin,CCO\naspirin,CC\n")
+    with pytest.raises(ValueError, match="drugs.csv: 'aspirin' has two smiles"): _column(path, "smiles")
 
 
 def test_annotations_need_no_rdkit(cells, annotations, tmp_path):

@@ -16,7 +16,9 @@ from biojepa.attention import (
     linear_attention,
     softmax_attention,
 )
+from biojepa.adaptive_norm import GatedBlock, PredictorV01
 from biojepa.encoder import Encoder, EncoderV03, GeneTokens, value_features
+from biojepa.gene_sets import pathway_matrix
 from biojepa.losses import (
     effect_loss,
     effective_rank,
@@ -27,6 +29,7 @@ from biojepa.losses import (
     vicreg,
     vicreg_flat,
 )
+from biojepa.seed_presets import EncoderV02, rotate
 from biojepa.teacher import Teacher, momentum_schedule, random_mask
 
 torch.set_num_threads(1)
@@ -349,3 +352,63 @@ def test_effective_rank_counts_directions(seed, k):
     )
     assert abs(effective_rank(z, centre=False) - k) < 1e-2
     assert effective_rank(torch.ones(30, 4) + 1e-6 * torch.randn(30, 4)) == 0
+
+
+# the parts of v0.2 and v0.1
+
+
+@few
+@given(seeds, st.integers(0, 200), st.integers(1, 8))
+def test_rotated_scores_depend_on_the_distance_alone(seed, shift, n):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(n, 8, generator=g)
+    k = torch.randn(n, 8, generator=g)
+    place = torch.arange(n)
+    def scores(s): return rotate(q, place + s) @ rotate(k, place + s).T
+    close(scores(shift), scores(0), atol=1e-3, rtol=1e-3)
+
+
+@few
+@given(seeds, st.integers(1, 9))
+def test_closed_gates_are_the_identity(seed, n):
+    torch.manual_seed(seed)
+    block = GatedBlock(8, 2, n)
+    x = torch.randn(2, n, 8)
+    assert torch.equal(block(x, torch.randn(2, 8)), x)
+    torch.nn.init.normal_(block.modulation[1].weight)
+    assert (block(x, torch.randn(2, 8)) - x).abs().max() > 1e-3
+
+
+@few
+@given(seeds)
+def test_the_predictor_of_numbers_tells_trained_ones_apart(seed):
+    torch.manual_seed(seed)
+    predictor = PredictorV01(3, 5, 8, 2, 1)
+    context = torch.randn(1, 5, 8).expand(2, -1, -1)
+    both = torch.tensor([1, 2])
+    before = predictor(context, both)
+    assert torch.equal(before[0], before[1])
+    for block in predictor.blocks: torch.nn.init.normal_(block.modulation[1].weight)
+    after = predictor(context, both)
+    assert (after[0] - after[1]).abs().max() > 1e-3
+
+
+@few
+@given(seeds, st.integers(2, 12))
+def test_genes_and_rows_of_the_matrix_may_be_shuffled_together(seed, n):
+    torch.manual_seed(seed)
+    names = [f"GENE{i}" for i in range(n)]
+    sets = {"one": names[: n // 2 + 1], "two": names[n // 2 :]}
+    def begun(order):
+        return EncoderV02(n, 8, 2, 1, 2).set_pathways(
+            pathway_matrix(sets, [names[i] for i in order])
+        )
+    order = torch.randperm(n)
+    one = begun(range(n))
+    other = begun(order.tolist())
+    other.load_state_dict({**one.state_dict(), "pathways": other.pathways})
+    with torch.no_grad(): other.identity.weight.copy_(one.identity.weight[order])
+    x, total = cells(seed, n=n)
+    close(other(x[:, order], total), one(x, total), atol=1e-4, rtol=1e-3)
+    shares = one.attention(x, total)
+    close(shares.sum(-1), torch.ones(3, 2))

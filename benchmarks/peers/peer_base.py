@@ -5,12 +5,12 @@ import pandas as pd
 from biojepa.demo import budget
 from biojepa.splits import Split
 
-from handed import Task
+from task import Task
 
 
 def main():
     task = Task.from_command_line()
-    split = Split.from_dict(task.told["split"])
+    split = Split.from_dict(task.settings["split"])
     f = task.features
     known = dict(zip(f.uns["sources"], f.obsm["known"].astype(bool).T))
     table = {

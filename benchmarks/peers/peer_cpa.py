@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from handed import Task
+from task import Task
 
 EPOCHS = 100
 PATIENCE = 5  # validation is looked at every 5 epochs, so it stops after 25 without a better one

@@ -11,7 +11,7 @@ import scipy.sparse
 import torch
 from gears import GEARS, PertData
 
-from handed import Task
+from task import Task
 
 # its own defaults; it keeps the epoch with the lowest validation error of the top 20 genes
 EPOCHS = 20

@@ -3,7 +3,7 @@ import pandas as pd
 import torch
 from scouter import Scouter, ScouterData
 
-from handed import Task
+from task import Task
 
 EPOCHS = 40        # its own default; it stops early on the validation perturbations
 

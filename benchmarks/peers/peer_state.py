@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from handed import Task
+from task import Task
 
 STEPS, OWN = 1000, 400_000         # trained here, and its own default
 SET = 32

@@ -1,6 +1,6 @@
 """Peers in the same run: the same cells, split and features; accuracy, seconds and peak memory.
 
-    python benchmarks/peers/run.py scouter --data sim        # install, hand over, run, read back, add rows to results.csv
+    python benchmarks/peers/run.py scouter --data sim        # install, write the task, run, read predictions, add rows to results.csv
     python benchmarks/peers/run.py gears --data norman       # Norman is read from the folder that BIOJEPA_DATA names
     python benchmarks/peers/run.py score --data sim          # score again what is there
 
@@ -134,9 +134,9 @@ def measured(command, log, limit, threads):
 
 def run_peer(peer, cells, splits, features, home, python, limit=None, threads=1, more=()):
     "Every split in turn; what was measured lies beside the answer."
-    from exchange import hand_over
+    from task_files import write_task
     for i, split in enumerate(splits):
-        folder = hand_over(cells, split, features, home/peer/f"split{i}", dataset=home.name)
+        folder = write_task(cells, split, features, home/peer/f"split{i}", dataset=home.name)
         print(
             (f"{peer}, {home.name}, split {i + 1} of {len(splits)}: log in {folder / 'log.txt'}"),
             flush=True,
@@ -155,11 +155,11 @@ def run_peer(peer, cells, splits, features, home, python, limit=None, threads=1,
 
 
 def answer_of(folder, cells, split):
-    "A peer's answer on one split: (table or None, told, measured)."
-    from exchange import BadAnswer, read_back
+    "A peer's answer on one split: (table or None, about, measured)."
+    from task_files import BadAnswer, read_predictions
     was = json.loads((folder/"measured.json").read_text())
     if was["status"]: return None, dict(note=f"ended with status {was['status']}"), was
-    try: return (*read_back(folder, cells.var_names, split), was)
+    try: return (*read_predictions(folder, cells.var_names, split), was)
     except BadAnswer as e: return None, dict(note=f"refused: {e}"), was
 
 
@@ -168,14 +168,14 @@ def rows_of(name, cells, splits, features, home):
     import pandas as pd
     from biojepa.scorecard import scorecard
     from biojepa.featurizers import as_table
-    told = {
+    about = {
         p: [answer_of(home / p / f"split{i}", cells, s) for i, s in enumerate(splits)]
         for p in PEERS
         if all((home / p / f"split{i}" / "measured.json").exists() for i in range(len(splits)))
     }
     whole = {
         p: [t.fillna(0.0) for t, *_ in each]
-        for p, each in told.items()
+        for p, each in about.items()
         if all(t is not None for t, *_ in each)
     }
     card = scorecard(
@@ -189,12 +189,12 @@ def rows_of(name, cells, splits, features, home):
     rows = [
         r
         for g in dict.fromkeys(card.table.split)
-        for r in _group_rows(name, g, card.table[card.table.split == g], told, whole, splits)
+        for r in _group_rows(name, g, card.table[card.table.split == g], about, whole, splits)
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _group_rows(name, group, table, told, whole, splits):
+def _group_rows(name, group, table, about, whole, splits):
     n_test = int(table[table.metric == "mse"].n.max())
     own = [i for i, s in enumerate(splits) if group in {s.groups[n] for n in s.test}]
     ends = table.groupby("metric")[list(END_NOTES)].first()
@@ -218,7 +218,7 @@ def _group_rows(name, group, table, told, whole, splits):
             n_test=n_test,
             **_values(table, b),
         )
-    for p, each in told.items():
+    for p, each in about.items():
         each = [each[i] for i in own]
         refusals = list(
             dict.fromkeys(t["refused"][group] for _, t, _ in each if group in t.get("refused", {}))
@@ -284,7 +284,7 @@ def main():
         "--work",
         type=Path,
         default=ROOT / "runs/peers",
-        help="folder of environments and exchange files",
+        help="folder of environments and task files",
     )
     ask.add_argument(
         "--python", default=sys.executable, help="interpreter that a new environment is made from"

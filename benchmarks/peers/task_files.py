@@ -1,4 +1,4 @@
-"""The files that a peer is handed and the file that it hands back, on biojepa's side; a peer's side is `handed.py`.
+"""The files of a task, on biojepa's side: written for a peer, its predictions read back. A peer's side is `task.py`.
 
 A folder holds one task:
 
@@ -8,7 +8,7 @@ A folder holds one task:
                        obsm['white'] whitened on the training targets, which is what `base` and the ridge see; var['source']
     task.json          names of train, val and test perturbations, the control's name, the split, the seed
     predictions.h5ad   the answer: layers['delta'] (perturbations x genes), obs['perturbation']
-    told.json          what the peer says of itself: version, features_used, epochs, cut_short, note, refused
+    about.json         what the peer says of itself: version, features_used, epochs, cut_short, note, refused
 """
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from biojepa.featurizers import as_table
 from biojepa.splits import check_split
 
 FORMAT = 1
-TOLD = {
+ABOUT = {
     "version": str,
     "features_used": str,
     "epochs": str,
@@ -58,7 +58,7 @@ def features_file(features, split, genes):
     return out
 
 
-def hand_over(cells, split, features, folder, dataset="", seed=0):
+def write_task(cells, split, features, folder, dataset="", seed=0):
     """Write one task. Raises Leak before anything is written when a held-out perturbation could be
     learned from it."""
     check_split(split, cells)
@@ -78,7 +78,7 @@ def hand_over(cells, split, features, folder, dataset="", seed=0):
         test=split.test,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("predictions.h5ad", "told.json", "measured.json"):
+    for old in ("predictions.h5ad", "about.json", "measured.json"):
         (folder / old).unlink(missing_ok=True)
     given.write_h5ad(folder/"cells.h5ad")
     features_file(features, split, given.var_names).write_h5ad(folder/"features.h5ad")
@@ -86,23 +86,23 @@ def hand_over(cells, split, features, folder, dataset="", seed=0):
     return folder
 
 
-def read_told(folder):
+def read_about(folder):
     "What the peer says of itself, every field there and of its type."
-    path = Path(folder)/"told.json"
+    path = Path(folder)/"about.json"
     if not path.is_file(): raise BadAnswer(f"{path.name} is missing: the peer did not end")
-    told = json.loads(path.read_text())
-    for key, kind in TOLD.items():
-        if not isinstance(told.get(key), kind):
-            raise BadAnswer(f"{path.name}: {key!r} must be {kind.__name__}, not {told.get(key)!r}")
-    return told
+    about = json.loads(path.read_text())
+    for key, kind in ABOUT.items():
+        if not isinstance(about.get(key), kind):
+            raise BadAnswer(f"{path.name}: {key!r} must be {kind.__name__}, not {about.get(key)!r}")
+    return about
 
 
-def read_back(folder, genes, split):
-    """The answer as a DataFrame (test perturbations x genes), NaN for those refused, and what was
-    told. Raises BadAnswer naming what is wrong."""
-    told = read_told(folder)
+def read_predictions(folder, genes, split):
+    """Predictions as a DataFrame (test perturbations x genes), NaN for those refused, and
+    `about.json`. Raises BadAnswer naming what is wrong."""
+    about = read_about(folder)
     path = Path(folder)/"predictions.h5ad"
-    refused = [n for n in split.test if split.groups[n] in told["refused"]]
+    refused = [n for n in split.test if split.groups[n] in about["refused"]]
     if not path.is_file(): raise BadAnswer(f"{path.name} is missing")
     out = anndata.read_h5ad(path)
     if "delta" not in out.layers:
@@ -130,4 +130,4 @@ def read_back(folder, genes, split):
         raise BadAnswer(
             f"{path.name}: the prediction for {table.index[bad.argmax()]!r} is not finite"
         )
-    return table.reindex(list(split.test)), told
+    return table.reindex(list(split.test)), about

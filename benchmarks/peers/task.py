@@ -1,4 +1,4 @@
-"""A peer's side of the exchange: read what was handed over, write the answer. Needs anndata, numpy and pandas only, old ones too."""
+"""A task on the side of a peer: read the files, write the predictions. Needs anndata, numpy and pandas only, old ones too."""
 import argparse, json, random
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +15,9 @@ class Task:
         self.folder = Path(folder).resolve()
         self.quick = quick
         self.at_most = at_most
-        self.told = json.loads((self.folder/"task.json").read_text())
+        self.settings = json.loads((self.folder/"task.json").read_text())
         for key in ("train", "val", "test", "control", "seed", "dataset"):
-            setattr(self, key, self.told[key])
+            setattr(self, key, self.settings[key])
         self.cells = anndata.read_h5ad(self.folder/"cells.h5ad")
         self.features = anndata.read_h5ad(self.folder/"features.h5ad")
         self.names = self.cells.obs["perturbation"].astype(str).to_numpy()
@@ -52,7 +52,7 @@ class Task:
         )
 
     def kinds(self):
-        return self.told["split"]["groups"]   # name -> 'unseen_gene', 'pair_seen0' to 2
+        return self.settings["split"]["groups"]   # name -> 'unseen_gene', 'pair_seen0' to 2
 
     def mean(self, rows): return np.asarray(self.cells.X[rows].mean(0)).ravel()
 
@@ -63,7 +63,7 @@ class Task:
         return np.mean([self.mean(self.names == n) for n in self.train], 0) - self.control_mean()
 
     def answer(self, delta, package, epochs, features_used, cut_short=False, note="", refused=None):
-        "Write predictions {name: change per gene} and what there is to tell."
+        "Write predictions {name: change per gene} and how they were made."
         names = list(delta)
         values = np.array([np.asarray(delta[n], dtype=np.float32).ravel() for n in names]).reshape(
             len(names), self.cells.n_vars
@@ -76,7 +76,7 @@ class Task:
             layers={"delta": values},
         )
         out.write_h5ad(self.folder/"predictions.h5ad")
-        told = dict(
+        about = dict(
             version=f"{package} {version(package)}",
             features_used=features_used,
             epochs=str(epochs),
@@ -84,4 +84,4 @@ class Task:
             note=note,
             refused=refused or {},
         )
-        (self.folder/"told.json").write_text(json.dumps(told, indent=1))
+        (self.folder/"about.json").write_text(json.dumps(about, indent=1))
