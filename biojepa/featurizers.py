@@ -22,6 +22,7 @@ from .cells import MODES, parts
 from .feature_files import READERS, BadFeatures, feature_frame, read_frame, warn_alike
 from .patching import document, patch
 from .perturbations import Action
+from .variants import gene_of
 
 # %% ../nbs/21_featurizers.ipynb #c017
 def whitening(
@@ -305,7 +306,7 @@ def encode_actions(
         mode=fill(lambda p: MODES.index(p.mode), 'int64'),
         dose=fill(lambda p: p.dose, 'float32'),
         time=fill(lambda p: np.nan_to_num(p.time), 'float32'),
-        target=fill(lambda p: gene_row.get(p.target, -1), 'int64', -1),
+        target=fill(lambda p: gene_row.get(gene_of(p.target), -1), 'int64', -1),
         mask=fill(lambda p: True, bool),
     )
 
