@@ -45,6 +45,7 @@ class Alignment:
         self.table = table
         self.maps = maps
         self.history = history
+        self.original = {} # source -> DataFrame as it was given
 
     def together(self) -> pd.DataFrame: # mean of the unit vectors of the sources that know a target
         "One vector per target, from whatever is known of it."
@@ -116,7 +117,8 @@ def align(
     validation is kept."""
     overlap = set(train) & set(val)
     if overlap: raise ValueError(f"{sorted(overlap)[0]!r} is in train and in val")
-    table = as_table(features).fit(list(train), n_components=256)
+    given = as_table(features)
+    table = given.fit(list(train), n_components=256)
     if len(table.sources) < 2:
         raise ValueError(f"two sources are needed, there is {', '.join(table.sources)}")
     pairs = [(a, b) for i, a in enumerate(table.sources) for b in list(table.sources)[i + 1:]]
@@ -128,7 +130,9 @@ def align(
     used = {s: f.shape[1] for s, f in table.sources.items() if any(s in p for p in pairs)}
     maps = nn.ModuleDict({s: nn.Linear(d, width, bias=False) for s, d in used.items()})
     how = (temperature, steps, batch, lr, patience, every, rng, progress)
-    return _train(Alignment(table, maps, []), pairs, taught, held, *how)
+    new = Alignment(table, maps, [])
+    new.original = dict(given.sources)
+    return _train(new, pairs, taught, held, *how)
 
 # %% ../nbs/28_alignment.ipynb #c017
 def _shared(table, names, a, b):
@@ -178,4 +182,20 @@ def _train(
     return new
 
 # %% ../nbs/28_alignment.ipynb #c026
+@patch
+def bridge(self: Alignment,
+    source: str, # the source that describes the new targets
+    to: str, # the source that a model was fitted with
+    features: pd.DataFrame, # numbers of the new targets in `source`, n x d
+    temperature: float = 0.1, # of the softmax; the smaller, the fewer neighbours count
+) -> pd.DataFrame: # n x columns of `to`, in the units in which it was given
+    "Rows of one source for targets that only another source describes; for `predict(features=...)`."
+    new = self.transform(source, features)
+    known = self.transform(to)
+    cosine = torch.from_numpy(new.to_numpy() @ known.to_numpy().T)
+    weight = torch.softmax(cosine / temperature, 1).numpy()
+    rows = self.original[to].loc[known.index]
+    return pd.DataFrame(weight @ rows.to_numpy(), new.index, rows.columns)
+
+# %% ../nbs/28_alignment.ipynb #c030
 document(globals())

@@ -14,10 +14,11 @@ from anndata import AnnData
 
 # %% ../nbs/58_asked.ipynb #c004
 from .cells import CONTROL, MODES, part_modes, parts
-from .labels import written_parts
+from .labels import whole_name, written_parts
 from .patching import document, patch
 from .effects import conditions, control_means
 from .perturbations import Action, BadAction, _each
+from .variants import gene_of
 from .featurizers import MissingFeatures
 from .known_targets import known_targets, more_targets, warn_unknown
 from .fitted import BioJEPA
@@ -66,7 +67,7 @@ def _action(self: BioJEPA, name, mode, dose, time=None):
         return [default(p) if v is None else v for p, v in zip(written, own)]
     return Action.parse(
         name,
-        each(mode, lambda p: self.modes.get(p, common)),
+        each(mode, lambda p: self.modes.get(p, self.modes.get(gene_of(p), common))),
         each(dose, lambda p: 1.0),
         each(time, lambda p: np.nan if self.time is None else self.time),
     )
@@ -140,10 +141,12 @@ def _warn_outside(what, target, value, known):
 def _support(self: BioJEPA, actions):
     """How near each action is to the training actions, 0 to 1; the worst part counts.
 
-    A seen target is 1, a mode that training had not is 0.
+    A seen target is 1, a mode that training had not is 0, a variant is as its gene.
     """
     seen = self._seen()
-    asked = sorted({t for a in actions for t in a.targets})
+    known = seen.union(*(() if self.table is None else (f.index for f in self.table.sources.values())))
+    wild = {t: gene_of(t) if gene_of(t) in known else t for a in actions for t in a.targets}
+    asked = sorted(set(wild.values()))
     near = (
         self.table.support(sorted(seen), asked)
         if self.table is not None and asked
@@ -151,7 +154,7 @@ def _support(self: BioJEPA, actions):
     )
     score = {t: 1.0 if t in seen else float(s) for t, s in zip(asked, near)}
     had = set(self.modes.values()) or set(MODES)
-    return [min((score[p.target] * (p.mode in had) for p in a.parts), default=1.0) for a in actions]
+    return [min((score[wild[p.target]] * (p.mode in had) for p in a.parts), default=1.0) for a in actions]
 
 # %% ../nbs/58_asked.ipynb #c022
 @patch
@@ -199,6 +202,9 @@ def _resolve_actions(self: BioJEPA, names, mode, dose, time, symbols):
 
     Warns of strangers.
     """
+    # a label that training held whole is whole: 'A plus B' of sep=None
+    whole = {n: whole_name(n) for n in names}
+    names = [whole[n] if whole[n] in self.modes else n for n in names]
     # a label that cannot be meant is refused first
     for n in names: Action.parse(n)
     known = known_targets(targets_of(names), self.table, self._seen(), symbols, self.genes)

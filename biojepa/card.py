@@ -70,10 +70,13 @@ def ceiling_of(
     metric, # a Metric
     statistic, # of the row
 ) -> tuple: # values of the ceiling [P] or [P, K], and where they come from
-    "The noise-free truth where it is known, the corrected split half, or the split half."
+    """The noise-free truth where it is known, or the corrected split half.
+
+    Where neither is there, the split half itself, by "none".
+    """
     if len(_known(blocks["ceiling"])): return blocks["ceiling"], "truth"
     half = blocks["split_half"]
-    if metric.ceiling is None or not len(_known(half)): return half, "split half"
+    if metric.ceiling is None or not len(_known(half)): return half, "none"
     mean = float(statistic(_known(half), axis=0))
     by = "Spearman-Brown" if metric.unit == "correlation" else "quarter"
     return half + (float(metric.ceiling(mean)) - mean), by
@@ -84,7 +87,7 @@ def suspicious(
     metric, # a Metric
 ) -> bool: # never for a metric whose ceiling is not known
     "Is this score above what a noise-free predictor reaches?"
-    if metric.ceiling is None or scale["ceiling_by"] == "split half": return False
+    if metric.ceiling is None or scale["ceiling_by"] == "none": return False
     room = BEYOND * abs(scale["ceiling"] - scale["floor"])
     return bool(sign(metric) * (value - scale["ceiling"]) > room)
 
@@ -149,6 +152,7 @@ def _metric_rows(wide, runs, models, baselines, shown, n_boot, seed):
     scale = {k: value[k] for k in SCALE} | dict(ceiling_by=by)
     scale |= verdict({k: blocks[k] for k in SCALE}, metric, statistic, n_boot, seed)
     scale |= _best(value, metric, baselines)
+    if by == "none": scale["ceiling"] = np.nan
     for m in models:
         own = _known(blocks[m])
         if not np.isfinite(value[m]): continue
@@ -262,19 +266,23 @@ def plot(self: Card,
 def wide(self: Card,
     metrics=("pearson_delta", "pearson_pert", "pearson_delta_top20", "rank", "mse"), # columns
 ) -> pd.DataFrame: # models, then floor and ceiling, per split
-    "A table to read; a group of fewer than five perturbations is one row without scores."
+    """A table to read; a group of fewer than five perturbations is one row without scores.
+
+    Where the ceiling of a metric is not known, the split half has a row too.
+    """
     every = self.table[self.table.metric.isin(metrics)]
     names = [m for m in metrics if m in set(every.metric)]
     size = every.groupby("split", sort=False).n.max()
     t = enough(every)
     blocks = [t.set_index(["split", "model", "metric"]).value.unstack()] if len(t) else []
-    for k in ENDS if len(t) else ():
+    ends = ("floor", "split_half", "ceiling") if t.ceiling.isna().any() else ENDS
+    for k in ends if len(t) else ():
         end = t.groupby(["split", "metric"])[k].first().unstack()
         blocks.append(end.assign(model=k).set_index("model", append=True))
     order = []
     for s in size.index:
         if size[s] < FEW: order.append((s, f"{_count(size[s])}, too few"))
-        else: order += [(s, m) for m in (*dict.fromkeys(every.model), *ENDS)]
+        else: order += [(s, m) for m in (*dict.fromkeys(every.model), *ends)]
     order = pd.MultiIndex.from_tuples(order, names=["split", "model"])
     out = pd.concat(blocks).reindex(order) if blocks else pd.DataFrame(np.nan, order, names)
     out = out.reindex(columns=names).rename_axis(columns="metric")

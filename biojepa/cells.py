@@ -142,7 +142,9 @@ def _check_record(cells, X):
             f"{right[j]:.3g}: {CHANGED}"
         )
     if facts.get("input") == "counts":
-        if scale_of(cells)[0] >= 0.3 and np.median(np.expm1(mine).sum(1)) < 1.01 * TOTAL: return
+        share, ratio = scale_of(cells)
+        size = np.median(np.expm1(mine).sum(1))
+        if share >= 0.3 and 0.5 < ratio < 2 and 0 < size < 1.01 * TOTAL: return
         raise BadCells(f"X is not log1p of whole counts per 10,000: {CHANGED}")
     said = problem(mine, cells.var_names, cells.obs_names[rows])
     if said: raise BadCells(f"{said}; or {CHANGED}")

@@ -32,7 +32,7 @@ DATA = typer.Option(
 )
 
 @app.command()
-@takes_screen(n_genes=2000)
+@takes_screen
 def demo(
     out: Path = typer.Option(
         Path("runs/demo"),
@@ -51,7 +51,7 @@ def demo(
     Example: biojepa demo --data screen.h5ad --perturbation gene --control NT --features go.npz
     """
     start = time.time()
-    from biojepa.demo import RESULTS, budget, perfect_scores, run_demo, write_results
+    from biojepa.demo import RESULTS, budget, name_rows, perfect_scores, run_demo, write_results
     check_folder(out, [data, *(features or ())], RESULTS)
     cells, table, splits = _screen(data, how, features, quick, seed)
     settings = budget(len(splits), quick)
@@ -59,7 +59,7 @@ def demo(
     source = Path(data).name if data else "simulated"
     if data is None: result[2]["perfect"] = perfect_scores(cells, splits)
     facts = write_results(result, out, start=start, seed=seed, data=source)
-    typer.echo(result[0].wide().to_string())
+    typer.echo(name_rows(result[0].wide(), facts).to_string())
     typer.echo(f"{facts['answers']}.")
     typer.echo(f"{facts['minutes']} minutes; open {out/'index.html'}")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'HEAD', 'FLATTERING', 'RESULTS', 'budget', 'simulated_screen', 'context_splits', 'real_splits', 'fit_all',
-           'condition_names', 'predict_held_out', 'who_answers', 'run_demo', 'perfect_scores', 'strongest', 'plot_card',
-           'write_page', 'write_results']
+           'condition_names', 'predict_held_out', 'who_answers', 'run_demo', 'perfect_scores', 'name_rows', 'strongest',
+           'plot_card', 'write_page', 'write_results']
 
 # %% ../nbs/81_demo.ipynb #c003
 import html, json, os, time
@@ -43,7 +43,11 @@ def budget(
         pretraining=dict(steps=steps(160)),
         training=dict(steps=steps(160), validate_every=max(4, steps(40)), patience=2, sets=12),
     )
-    v0_3 = dict(pretraining=dict(steps=steps(80)), training=dict(steps=steps(120), sets=12))
+    fair = 7.5 if n_fits == 1 else 1.0  # times what folds can have
+    v0_3 = dict(
+        pretraining=dict(steps=steps(80 * fair), batch=16),
+        training=dict(steps=steps(200 * fair), sets=8),
+    )
     return dict(base=base, v0_3=v0_3)
 
 # %% ../nbs/81_demo.ipynb #c010
@@ -215,6 +219,20 @@ def perfect_scores(
     return out
 
 # %% ../nbs/81_demo.ipynb #c030
+def name_rows(
+    table, # DataFrame with `model` as a level of its index or as its index
+    facts: dict, # of `run_demo`: settings, parameters
+): # DataFrame
+    "The same table; a network without a closed form is named with its size and its steps."
+    names = {}
+    for model, how in facts["settings"].items():
+        stages = [how.get(k, {}).get("steps") for k in ("pretraining", "training")]
+        if model == "base" or None in stages: continue
+        steps = " + ".join(f"{n:,}" for n in stages)
+        names[model] = f"{model} ({facts['parameters'][model]:,} parameters, {steps} steps)"
+    return table.rename(index=names, level="model")
+
+# %% ../nbs/81_demo.ipynb #c033
 def strongest(
     predicted, # of `predict_held_out`
 ) -> list: # row names, one per kind of split
@@ -224,14 +242,14 @@ def strongest(
     rows = [np.flatnonzero(kinds == k) for k in dict.fromkeys(kinds)]
     return [predicted.obs_names[r[size[r].argmax()]] for r in rows]
 
-# %% ../nbs/81_demo.ipynb #c032
+# %% ../nbs/81_demo.ipynb #c035
 HEAD = (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width"><title>biojepa: scores</title>'
 )
 FLATTERING = "global|pearson_top20|r2_|shift"  # metrics that compare expression, not change
 
-# %% ../nbs/81_demo.ipynb #c033
+# %% ../nbs/81_demo.ipynb #c036
 def plot_card(
     card, # of `scorecard`
 ): # matplotlib Figure
@@ -239,7 +257,7 @@ def plot_card(
     known = set(card.table.dropna(subset="value").metric)
     return card.plot([m for m in ("pearson_delta", "pearson_pert", "rank") if m in known])
 
-# %% ../nbs/81_demo.ipynb #c035
+# %% ../nbs/81_demo.ipynb #c038
 def write_page(
     path, # html
     card, # of `scorecard`
@@ -255,6 +273,7 @@ def write_page(
     picture = _picture(plot_card(card), "scores of every model between floor and ceiling")
     old = card.table[card.table.metric.str.contains(FLATTERING)]
     old = old.pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
+    old = name_rows(old, facts)
     words = {k: html.escape(facts[k], quote=False) for k in ("what", "answers")}
     Path(path).write_text(
         f"""{HEAD}<style>{STYLE}</style>
@@ -263,7 +282,7 @@ def write_page(
 <p>Higher is better but for mse. <b>Floor</b>: predictions given to the wrong perturbation (for mse: no
 change). <b>Ceiling</b>: what a perfect predictor reaches, from the noise-free truth of simulated cells,
 from halves of real ones.</p>
-{picture}{card.wide().to_html()}
+{picture}{name_rows(card.wide(), facts).to_html()}
 <h2>The strongest held-out effect of each kind, by base</h2>{examples}
 <h2>Columns that flatter</h2><p>They compare expression, not change: read each beside
 <code>no_change</code>, which knows nothing of the perturbation.</p>{old.round(3).to_html()}
@@ -271,7 +290,7 @@ from halves of real ones.</p>
         encoding="utf-8",
     )
 
-# %% ../nbs/81_demo.ipynb #c037
+# %% ../nbs/81_demo.ipynb #c040
 RESULTS = (
     "index.html",
     "scores.csv",
@@ -313,5 +332,5 @@ def _save_picture(figure, path):
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
-# %% ../nbs/81_demo.ipynb #c040
+# %% ../nbs/81_demo.ipynb #c043
 document(globals())

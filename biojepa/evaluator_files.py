@@ -6,7 +6,6 @@
 __all__ = ['TOP', 'with_mean', 'predicted_cells', 'Files', 'to_cell_eval']
 
 # %% ../nbs/80_evaluator_files.ipynb #c003
-import anndata
 import numpy as np
 from anndata import AnnData
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from scipy import sparse
 from .answers import answers, check_predictor, held_out, observed_effects
 from .cells import CONTROL, dense
 from .effects import ControlPools, _places
+from .files import read
 from .patching import document
 from .splits import Split
 
@@ -139,7 +139,7 @@ def _only(cells, split):
 
 def _given(prediction, tested):
     "Predicted cells as somebody made them, or None when the prediction is one of effects."
-    if isinstance(prediction, (str, Path)): prediction = anndata.read_h5ad(prediction)
+    if isinstance(prediction, (str, Path)): prediction = read(prediction)
     if not isinstance(prediction, AnnData) or "delta" in prediction.layers: return None
     if "cell_type" not in prediction.obs and tested.obs.cell_type.nunique() > 1:
         raise ValueError("these predicted cells do not say their cell_type, and several are tested")

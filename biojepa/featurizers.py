@@ -22,6 +22,7 @@ from .cells import MODES, parts
 from .feature_files import READERS, BadFeatures, feature_frame, read_frame, warn_alike
 from .patching import document, patch
 from .perturbations import Action
+from .variants import gene_of
 
 # %% ../nbs/21_featurizers.ipynb #c017
 def whitening(
@@ -129,7 +130,8 @@ def fit(self: FeatureTable,
          # names of the training perturbations; combinations are taken apart
          train_targets,
          n_components: int = 64,   # of each source, see `whitening`
-         shrink: float = 10.       # see `whitening`
+         shrink: float = 10.,      # see `whitening`
+         whiten: bool = True       # False: keep the numbers as they are, as the seed did
         ):                         # a new FeatureTable, whitened
     """Whiten each source on the training targets that it knows.
 
@@ -151,7 +153,7 @@ def fit(self: FeatureTable,
                 stacklevel=2,
             )
             continue
-        new.maps[name] = whitening(x, n_components, shrink)
+        new.maps[name] = whitening(x, n_components, shrink) if whiten else (x.mean(0), None)
         new.sources[name] = new._white(name, frame)
     if new.sources: return new
     raise BadFeatures(
@@ -162,13 +164,14 @@ def fit(self: FeatureTable,
 # %% ../nbs/21_featurizers.ipynb #c043
 @patch
 def _white(self: FeatureTable, name, frame):
-    "A frame through the whitening of its source."
+    "A frame through the whitening of its source, or as it is."
     centre, rotate = self.maps[name]
+    if rotate is None: return frame.astype('float32')
     return pd.DataFrame(
         ((frame.to_numpy('float64') - centre) @ rotate).astype('float32'), index=frame.index
     )
 
-# %% ../nbs/21_featurizers.ipynb #c054
+# %% ../nbs/21_featurizers.ipynb #c056
 @patch
 def extend(self: FeatureTable,
             # features of new targets, in any form that `as_table` takes; same sources, same columns
@@ -193,19 +196,31 @@ def extend(self: FeatureTable,
         new.sources[name] = pd.concat([self.sources[name], self._white(name, frame)])
     return new
 
-# %% ../nbs/21_featurizers.ipynb #c058
+# %% ../nbs/21_featurizers.ipynb #c060
 @patch
 def support(self: FeatureTable,
     train_targets, # names of the training perturbations
     targets, # names of targets
 ): # float [n], 0 to 1
-    "How near each target is to the nearest training target: largest cosine of whitened features."
+    """How near each target is to the nearest training target: largest cosine of whitened features,
+    or of features minus the mean over training targets where they were not whitened."""
     def unit(names):
-        x = self.transform(names)[0]
+        x = self._centred(names)
         return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return (unit(targets) @ unit(_targets(train_targets)).T).max(1).clip(0, 1)
 
-# %% ../nbs/21_featurizers.ipynb #c065
+@patch
+def _centred(self: FeatureTable, targets):
+    "Features of targets around zero [n, F]; zeros where nothing is known."
+    x, present = self.transform(targets)
+    plain = [m is None or m[1] is not None for m in map(self.maps.get, self.sources)]
+    if all(plain): return x
+    blocks = np.split(x, np.cumsum(list(self.dims.values()))[:-1], axis=1)
+    for i, name in enumerate(self.sources):
+        if not plain[i]: blocks[i] -= present[:, [i]] * self.maps[name][0]
+    return np.concatenate(blocks, 1).astype('float32')
+
+# %% ../nbs/21_featurizers.ipynb #c069
 @patch
 def state(self: FeatureTable) -> dict:
     "The table as plain arrays, for `numpy.savez`."
@@ -213,10 +228,11 @@ def state(self: FeatureTable) -> dict:
            'fitted_on': np.array(self.fitted_on or (), dtype=str)}
     for i, (name, frame) in enumerate(self.sources.items()):
         out |= {f'{i}.symbol': frame.index.to_numpy(dtype=str), f'{i}.values': frame.to_numpy()}
-        if name in self.maps: out |= dict(zip((f'{i}.centre', f'{i}.map'), self.maps[name]))
+        pair = zip((f'{i}.centre', f'{i}.map'), self.maps.get(name, ()))
+        out |= {k: v for k, v in pair if v is not None}
     return out
 
-# %% ../nbs/21_featurizers.ipynb #c066
+# %% ../nbs/21_featurizers.ipynb #c070
 @patch(cls_method=True)
 def from_state(cls: FeatureTable,
     state, # of `state`
@@ -231,13 +247,13 @@ def from_state(cls: FeatureTable,
         new = cls(dict(zip(names, frames)))
     if state['fitted']: new.fitted_on = tuple(str(t) for t in state['fitted_on'])
     new.maps = {
-        n: (state[f'{i}.centre'], state[f'{i}.map'])
+        n: (state[f'{i}.centre'], state[f'{i}.map'] if f'{i}.map' in state else None)
         for i, n in enumerate(names)
-        if f'{i}.map' in state
+        if f'{i}.centre' in state
     }
     return new
 
-# %% ../nbs/21_featurizers.ipynb #c069
+# %% ../nbs/21_featurizers.ipynb #c073
 @dataclass
 class ActionBatch:
     "P actions of at most A parts, as tensors. Index it like a tensor; it stays a batch."
@@ -259,7 +275,7 @@ class ActionBatch:
         "The same batch on another device."
         return self._each(lambda x: x.to(device))
 
-# %% ../nbs/21_featurizers.ipynb #c070
+# %% ../nbs/21_featurizers.ipynb #c074
 def encode_actions(
         actions: list,                      # P of Action
         genes,                              # names of the G measured genes, in order
@@ -290,9 +306,9 @@ def encode_actions(
         mode=fill(lambda p: MODES.index(p.mode), 'int64'),
         dose=fill(lambda p: p.dose, 'float32'),
         time=fill(lambda p: np.nan_to_num(p.time), 'float32'),
-        target=fill(lambda p: gene_row.get(p.target, -1), 'int64', -1),
+        target=fill(lambda p: gene_row.get(gene_of(p.target), -1), 'int64', -1),
         mask=fill(lambda p: True, bool),
     )
 
-# %% ../nbs/21_featurizers.ipynb #c090
+# %% ../nbs/21_featurizers.ipynb #c094
 document(globals())

@@ -57,10 +57,11 @@ class BioJEPA:
 def from_preset(cls: BioJEPA,
     preset: str = "base", # or 'v0_3', 'v0_2', 'v0_1'
     n_genes: int = 4096, # size of the gene vocabulary
+    size: str | None = None, # 'small' or 'seed'; None: as the preset was published
     **overrides, # any field of ModelConfig
 ): # BioJEPA
-    "An untrained model of full size; `.student`, `.teacher`, `.predictor` are torch modules."
-    config = configure(preset, n_genes, **overrides)
+    "An untrained model; `.student`, `.teacher`, `.predictor` are torch modules."
+    config = configure(preset, n_genes, size, **overrides)
     return cls(build(config), [f"GENE{i}" for i in range(n_genes)])
 
 # %% ../nbs/53_fitted.ipynb #c011
@@ -169,12 +170,14 @@ def change_v03(self: BioJEPA,
     for i, c in enumerate(cell_types):
         z = latents[c]
         change = self.model(z, actions[[i] * len(z)].to(device))
-        delta = (treated(per_gene(z + change.mean, teacher=True)) - control(per_gene(z))).mean(0)
+        # the decoders are on the CPU, wherever the network is
+        moved = per_gene(z + change.mean, teacher=True).cpu()
+        delta = (treated(moved) - control(per_gene(z).cpu())).mean(0)
         variance = (
             treated.weight.pow(2)
-            * per_gene(change.log_variance.exp(), teacher=True, variance=True).mean(0)
+            * per_gene(change.log_variance.exp(), teacher=True, variance=True).mean(0).cpu()
         ).sum(-1)
-        out.append((delta.cpu().numpy(), variance.sqrt().cpu().numpy()))
+        out.append((delta.numpy(), variance.sqrt().numpy()))
     return np.stack([d for d, _ in out]), np.stack([s for _, s in out])
 
 # %% ../nbs/53_fitted.ipynb #c025

@@ -15,6 +15,7 @@ import pandas as pd
 
 # %% ../nbs/26_known_targets.ipynb #c006
 from .patching import document
+from .variants import gene_of, parse_variant
 from .featurizers import BadFeatures, FeatureTable, MissingFeatures, as_table
 from .sequences import UnknownGene
 from .symbols import Symbols
@@ -117,6 +118,7 @@ def more_targets(
             (
                 f"the model was fitted without {', '.join(foreign)} (it has "
                 f"{', '.join(fitted) or 'no features'}): left out"
+                + "; `align(...).bridge` of biojepa.alignment makes rows of its sources" * bool(fitted)
             ),
             MissingFeatures,
             stacklevel=3,
@@ -164,16 +166,17 @@ def known_targets(
     rows = []
     ranks = [set(seen), set().union(*(f.index for f in frames.values())), set(genes)]
     for n in names:
-        others = []
+        others = [] if any(n in r for r in ranks[:2]) else _wild_type(n)
         why = ""
         if symbols is not None and not any(n in r for r in ranks[:2]):
             try:
                 symbol = symbols.resolve(n)
-                others = [symbol, *symbols.names_of(symbol)]
+                others = [symbol, *symbols.names_of(symbol), *others]
             except UnknownGene as e: why = e.args[0]
         target = next((c for r in ranks for c in [n, *others] if c in r), n)
         lacking = [s for s, f in frames.items() if target not in f.index]
         stranger = not any(target in r for r in ranks[:2])
+        if target in _wild_type(n): lacking = [f"its own sequence, answered as {target}"]
         # similar names are searched for the first three, which is what a warning shows
         if not why and not any(target in r for r in ranks) and sum(bool(r[3]) for r in rows) < 3:
             why = _near(n, ranks)
@@ -183,6 +186,10 @@ def known_targets(
     return pd.DataFrame(rows, index=list(names), columns=["target", "seen", "missing", "why"])
 
 # %% ../nbs/26_known_targets.ipynb #c020
+def _wild_type(name):
+    "The gene of a variant, in a list; empty for other names. Raises BadVariant."
+    return [] if gene_of(name) == name else [parse_variant(name).gene]
+
 def _near(name, ranks):
     "Names that the model knows and that are written alike, as text."
     known = {n.upper(): n for r in reversed(ranks) for n in r}

@@ -110,7 +110,7 @@ def written_parts(
     name = str(name)
     if "+" not in name: return [name.strip()]
     pieces = _split(name, "+")
-    if all(pieces) and not _joint(pieces): return [whole_name(name)]
+    if all(pieces) and not _joint(p for p in pieces if p.lower() not in NOTHING): return [whole_name(name)]
     return [whole_name(p) for p in pieces]
 
 def parts(
@@ -153,6 +153,8 @@ def cut(
     pieces = _split(_take_off(label, controls, sep), sep)
     targets = [p for p in pieces if p != "\x00"]
     if not targets: return ()
+    gap = next((t for t in targets if len(pieces) > 1 and t and t.lower() in NOTHING), None)
+    if gap: raise BadCells(f"perturbation {label!r} has the part {gap!r}: missing? rename it or drop it")
     if all(targets) and not _joint(targets): return (whole_name(sep.join(targets)),)
     found = None if sep == "+" else _by_genes(targets, sep, genes)
     if len(pieces) > 1 and not found: _check_pieces(label, pieces, targets, sep)
@@ -281,12 +283,8 @@ def _read(label, controls, sep, genes):
         out = []
         for name, n, unit in found:
             dose = number(n, "dose") * MOLAR.get(unit, 1)
-            out.append(
-                (
-                    whole_name(name),
-                    dict(dose=dose, unit="uM" if unit in MOLAR else unit, time=np.nan),
-                )
-            )
+            unit = "uM" if unit in MOLAR else unit
+            out.append((whole_name(name), dict(dose=dose, unit=unit, time=np.nan)))
         return [o for o in out if o[0] not in controls]
     return [_amounts(part) for part in cut(label, controls, sep, genes)]
 
@@ -369,8 +367,7 @@ def warn_of_labels(
     like = [l for l in labels if l not in controls and LIKE_CONTROL.fullmatch(str(l).strip())]
     if like:
         warnings.warn(
-            f"{like[0]!r} looks like a control, and is taken for a perturbation; if "
-            "it is one, "
+            f"{like[0]!r} looks like a control, and is taken for a perturbation; if it is one, "
             f"give control={[*controls, *like[:3]]}",
             stacklevel=4,
         )
@@ -378,18 +375,11 @@ def warn_of_labels(
     except BadCells: return
     for target, same in table[table.target != CONTROL].groupby("target"):
         if len({join_parts(cut(l, controls, sep, genes)) for l in same.index}) < 2: continue
-        why = (
-            "doses"
-            if same.dose.notna().any()
-            else "times"
-            if same.time.notna().any()
-            else "guides or spellings"
-        )
+        why = "times" if same.time.notna().any() else "guides or spellings"
+        if same.dose.notna().any(): why = "doses"
         warnings.warn(
-            f"labels {', '.join(map(repr, same.index[:3]))} look like {target!r} in "
-            "several "
-            f"{why}, and are taken for different targets: a split may put one "
-            "dose or guide in training "
+            f"labels {', '.join(map(repr, same.index[:3]))} look like {target!r} in several {why}, "
+            "and are taken for different targets: a split may put one dose or guide in training "
             "and another in test. parse_labels=True reads them as one; "
             "biojepa.preview_labels shows how",
             stacklevel=4,

@@ -16,7 +16,7 @@ import pandas as pd
 # %% ../nbs/20_perturbations.ipynb #c009
 from .patching import document, patch
 from .cells import CONTROL, MODES, join_parts
-from .labels import CHARGE, NOTHING, number, written_parts
+from .labels import AMOUNT, CHARGE, NOTHING, number, written_parts
 
 # %% ../nbs/20_perturbations.ipynb #c016
 class BadAction(ValueError):
@@ -144,6 +144,9 @@ def parse(cls: Action,
             "name, and its SMILES as features"
         )
     targets = written_parts(name)
+    amount = next((t for t in targets[1:] if AMOUNT.fullmatch(t)), None)
+    if amount:
+        raise BadAction(f'{name!r} has the part {amount!r}, which is no target; give it as dose= or time=')
     if '' in targets: raise BadAction(f'label {name!r} has an empty part')
     if any(t.count('[') != t.count(']') for t in targets):
         raise BadAction(f"{name!r}: its '+' would cut a bracket in two; rename the target")

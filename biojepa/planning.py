@@ -251,7 +251,7 @@ def plan(
     def ask(some): return model.predict(cells, some, cell_type, **how)
     closed, chance = _search(ask, names, genes, wanted, weight, named, seed)
     p_value = (1 + (chance >= closed.max()).sum()) / (1 + len(chance))
-    reason = _no_answer(wanted, variance, p_value, alpha)
+    reason = _no_answer(wanted, variance, closed.max(), p_value, alpha)
     best = np.argsort(-closed, kind="stable")[:SHOWN]
     shown = ask([names[i] for i in best])
     return _answer(model, shown, closed[best], wanted, weight, p_value, reason)
@@ -268,10 +268,12 @@ def _only_context(cells):
         )
     return found[0]
 
-def _no_answer(wanted, variance, p_value, alpha):
+def _no_answer(wanted, variance, best, p_value, alpha):
     "The reason to abstain, or an empty text."
     if within_noise(wanted, variance):
         return "the goal is where the start is, within the scatter of the cells"
+    if best <= 0:
+        return "no candidate comes nearer to the goal than doing nothing"
     if p_value > alpha:
         return "no candidate closes more of the gap than for goals with shuffled genes"
     return ""

@@ -76,12 +76,16 @@ def _dot(ax, y, row, m, colour, digits):
         color=colour,
     )
 
+def _top(t):
+    "The upper end: the ceiling, or the split half where no ceiling is known."
+    return t.ceiling.fillna(t.split_half) if "split_half" in t else t.ceiling
+
 def _panel(ax, t, models, paint, labels):
     "One metric of one group: the field from floor to ceiling, dots, intervals, numbers."
-    floor, ceiling = t[["floor", "ceiling"]].iloc[0]
-    if np.isfinite([floor, ceiling]).all():
-        ax.axvspan(*sorted([floor, ceiling]), color="0.955", zorder=0)
-    for x, style in ((floor, ":"), (ceiling, "--")):
+    floor = t.floor.iloc[0]
+    top = _top(t).iloc[0]
+    if np.isfinite([floor, top]).all(): ax.axvspan(*sorted([floor, top]), color="0.955", zorder=0)
+    for x, style in ((floor, ":"), (top, "-." if np.isnan(t.ceiling.iloc[0]) else "--")):
         if np.isfinite(x): ax.axvline(x, color="0.55", ls=style, lw=1, zorder=1)
     digits = 3 if abs(t.value).max() < 0.1 else 2
     for y, m in enumerate(models):
@@ -108,10 +112,13 @@ def _mute(ax):
     )
 
 # %% ../nbs/65_plots.ipynb #c021
-def _legend(band, suspicious):
+def _legend(band, suspicious, half):
     def line(**style): return plt.Line2D([], [], color="0.45", **style)
     lines = [line(ls=":", lw=1), line(ls="--", lw=1), line(marker="o", ms=5, lw=2.5, alpha=0.6)]
     words = ["floor: no skill", "ceiling: no noise", "mean and 95 % interval"]
+    if half:
+        lines.insert(2, line(ls="-.", lw=1))
+        words.insert(2, "split half: no ceiling known")
     if suspicious:
         lines.append(line(ls="", marker="$!$", ms=5))
         words.append("above the ceiling: suspicious")
@@ -121,7 +128,7 @@ def _legend(band, suspicious):
 
 def _limits(t):
     "The same x-axis for a metric in every group, with a little room."
-    x = t[["value", "low", "high", "floor", "ceiling"]].to_numpy(float)
+    x = t[["value", "low", "high", "floor"]].assign(top=_top(t)).to_numpy(float)
     low = np.nanmin(x)
     high = np.nanmax(x)
     room = 0.06 * (high - low) or 0.05
@@ -153,7 +160,10 @@ def _band(band, here, table, metrics, models, first, last):
         if first: ax.set_title(_heading(metric), fontsize=9)
         ax.tick_params(labelsize=8)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    if last: _legend(band, "suspicious" in table and (table.suspicious == "yes").any())
+    if last:
+        half = _top(table).notna() & table.ceiling.isna() & table.metric.isin(metrics)
+        suspicious = "suspicious" in table and (table.suspicious == "yes").any()
+        _legend(band, suspicious, half.any())
 
 # %% ../nbs/65_plots.ipynb #c024
 def _drawn(table, metrics, groups, models, notes):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NARROW', 'CLOSE', 'PretrainConfig', 'stage_options', 'masked_loss_v03', 'masked_loss_v02', 'masked_loss_base',
-           'draw_genes', 'Collapse', 'cell_embeddings', 'name_collapse', 'pretrain']
+           'draw_genes', 'Collapse', 'cell_embeddings', 'name_collapse', 'watched', 'pretrain']
 
 # %% ../nbs/51_pretraining.ipynb #c003
 import warnings
@@ -120,7 +120,9 @@ def cell_embeddings(
     genes: torch.Tensor | None = None, # [K] genes that `base` reads; None: all
 ) -> torch.Tensor: # [B, D]
     "Mean of the summary tokens of each cell, or of all tokens where there are no summaries."
-    if model.config.preset != "base": return model.student(x, log_total).mean(1)
+    if model.config.preset != "base":
+        own = zip(x.split(32), log_total.split(32))  # few at once: one token per gene is large
+        return torch.cat([model.student(*some).mean(1) for some in own])
     visible = None if genes is None else genes.expand(len(x), -1)
     return model.student(x, log_total, visible)[1].mean(1)
 
@@ -162,10 +164,21 @@ def _step(model, sampler, config, seed, device):
         return {"loss": parts["l1"] + config.vicreg_weight * parts["vicreg"], **parts}
     return step
 
+def watched(
+    model, # a WorldModel
+    most: int = 128, # cells or actions
+) -> int: # at least an eighth of `most`
+    "How many cells or actions to measure ranks on: fewer where a cell has very many numbers."
+    c = model.config
+    if c.preset == "base": return most
+    tokens = c.pathways if c.preset in ("v0_2", "v0_1") else c.n_genes
+    return max(most // 8, min(most, 2**22 // (tokens * c.width)))
+
 def _embedding_rank(model, sampler, config, seed, device):
-    "The function that measures rank and spread of the embeddings of 128 cells."
+    "The function that measures rank and spread of the embeddings of up to 128 cells."
+    n = watched(model)
     def measure():
-        x, log_total = (t.to(device) for t in sampler.cell_batch(0, 128))
+        x, log_total = (t.to(device) for t in sampler.cell_batch(0, n))
         generator = torch.Generator().manual_seed(seed)
         base = model.config.preset == "base"
         genes = draw_genes(x.shape[1], config.genes, generator) if base else None

@@ -237,10 +237,11 @@ def headline(
     split = split or _largest(card)
     row = card.table.query("split == @split and metric == @metric and model == @model").iloc[0]
     if row.n < FEW: return f"{model}: {few_words(split, row.n)}."
+    known = row.ceiling_by != "none"
+    ceiling = f"ceiling {row.ceiling:.3f} by {row.ceiling_by}" if known else "no ceiling known"
     out = (
         f"{model}: {metric} {row.value:.3f} on {split}, {row.n} perturbations (floor "
-        f"{row.floor:.3f}, split half {row.split_half:.3f}, ceiling {row.ceiling:.3f} by "
-        f"{row.ceiling_by})"
+        f"{row.floor:.3f}, split half {row.split_half:.3f}, {ceiling})"
     )
     out += _against(card, model, metric, split, row)
     used = set(card.uses_action(metric).query("split == @split and model == @model").falls)

@@ -25,6 +25,7 @@ from .prior import CLEAR
 from .loop import BadModel, clear_parts, pick_device, write_atomic
 from .pretraining import PretrainConfig, pretrain
 from .training import TrainConfig, effect_target, train
+from .trained_decoders import DecoderConfig, train_decoders
 
 # %% ../nbs/58_run.ipynb #c007
 def cells_hash(
@@ -126,6 +127,7 @@ class FitRun:
         self.out = Path(out) if out else None
         self.pretraining = PretrainConfig(**settings["pretraining"])
         self.training = TrainConfig(**settings["training"])
+        self.decoding = DecoderConfig(**settings.get("decoding", {}))
         if self.out: claim_folder(self.out, settings)
 
     def path(self,
@@ -235,9 +237,23 @@ def finish(self: FitRun):
     "Gate, decoders, calibration; then write."
     owner = self.owner
     owner.model.eval()
-    if owner.model.config.preset != "base": owner.decoders = fit_decoders(owner.model, self.seen)
+    if owner.model.config.preset != "base": self.decode()
     else: self.choose_gate(); self.calibrate()
     if self.out: owner.save(self.out)
+
+@patch
+def decode(self: FitRun):
+    "The decoders of the seed's presets: in closed form, or trained for `decoding.steps`."
+    owner = self.owner
+    if not self.decoding.steps: owner.decoders = fit_decoders(owner.model, self.seen); return
+    owner.decoders, owner.history["decoding"] = train_decoders(
+        owner.model,
+        self.seen,
+        self.decoding,
+        seed=owner.seed,
+        path=self.path("decoding"),
+        progress=self.progress,
+    )
 
 @patch
 def choose_gate(self: FitRun):

@@ -96,6 +96,9 @@ def scorecard(
     # gene -> bool or number; with it or with gene sets, the embeddings of models that have some are
     # probed
     essentiality: dict | None = None,
+    # probe them also without either: cell type, perturbation and batch of cells, beside expression,
+    # principal components and an untrained encoder
+    probe: bool = False,
 ) -> Card:
     """Judge predictors on the test perturbations of one split or of folds, beside the baselines.
 
@@ -104,7 +107,7 @@ def scorecard(
     several, per, spoiled, wanted = _checked(cells, split, predictors, baselines, metrics, controls)
     fitted = per | {n: [ALL_BASELINES[n]().fit(cells, s, features) for s in several] for n in wanted}
     out = card_of(cells, several, fitted, wanted, spoiled, n_boot, seed, metrics, gene_sets)
-    if gene_sets is not None or essentiality is not None:
+    if probe or gene_sets is not None or essentiality is not None:
         out.probes = _probed(cells, several, per, gene_sets, essentiality, features)
     return out
 
@@ -119,7 +122,14 @@ def _checked(cells, split, predictors, baselines, metrics, controls):
     check(cells)
     chosen(metrics)
     several = list(split) if isinstance(split, list) else [split]
-    for s in several: check_split(s, cells)
+    for s in several:
+        check_split(s, cells)
+        lost = next((n for n in s.test if n not in s.groups), None)
+        if lost:
+            raise ValueError(
+                f"the split does not say how {lost!r} is held out; give it groups, such as "
+                f"{{{lost!r}: 'unseen_gene'}}, or make it with biojepa.split"
+            )
     n = len(several)
     wanted = _baselines(baselines)
     per = _lists(predictors, n)

@@ -76,6 +76,7 @@ class SetSampler:
     ):
         if m < 1: raise ValueError(f"m={m}: a set has at least one cell")
         self.m = m
+        self._pairs = None
         self.seed = seed
         self.X = cells.X
         self.total = cells.obs.log_total.to_numpy(np.float32)
@@ -138,5 +139,34 @@ def cell_batch(self: SetSampler,
     "Cells of any condition, each once per epoch."
     return self._gather(visit(len(self.total), step, size, self.seed, stream=2))
 
-# %% ../nbs/15_sets.ipynb #c045
+# %% ../nbs/15_sets.ipynb #c040
+@patch
+def pairs(self: SetSampler) -> tuple: # group, treated and control, each [N treated]: row numbers
+    "Every treated cell with one control that resembles it, the same in every epoch."
+    if not self.cells_of: raise BadCells("there are no perturbed cells here, so there are no pairs")
+    if self._pairs is None:
+        treated = np.concatenate(self.cells_of)
+        control = np.empty_like(treated)
+        place = self.place_of[treated]
+        rng = np.random.default_rng((self.seed, 4))
+        for p in np.unique(place):
+            own = place == p
+            control[own] = rng.choice(self._pool(p), own.sum())
+        group = np.repeat(np.arange(len(self.cells_of)), [len(c) for c in self.cells_of])
+        self._pairs = group, treated, control
+    return self._pairs
+
+@patch
+def pair_batch(self: SetSampler,
+    step: int, # which step of training
+    size: int, # B, pairs in it
+) -> SetBatch: # sets of one cell
+    "Pairs of a treated cell and its control, each once per epoch."
+    group, treated, control = self.pairs()
+    rows = visit(len(treated), step, size, self.seed, stream=3)
+    x0, total0 = self._gather(control[rows][:, None])
+    x1, total1 = self._gather(treated[rows][:, None])
+    return SetBatch(x0, x1, total0, total1, torch.from_numpy(group[rows]))
+
+# %% ../nbs/15_sets.ipynb #c048
 document(globals())

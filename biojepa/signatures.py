@@ -128,8 +128,13 @@ def read_signatures(
             named = any(c in table for c in LINES)
             line = None if named else f.name.split(".")[0].split("_")[0]
             each.append(_checked(table, line, columns))
-        except (BadSignatures, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-            raise BadSignatures(f"{f.name}: {e}") from None
+        except BadSignatures as e: raise BadSignatures(f"{f.name}: {e}") from None
+        except Exception as e:
+            why = " ".join(str(e).split())[:100]
+            raise BadSignatures(
+                f"{f.name} cannot be read ({type(e).__name__}: {why}): fetch it again, or write it "
+                "again as csv"
+            ) from e
     together = pd.concat(each, ignore_index=True)
     _checked(together, "line", ("perturbation", "gene", "label"))
     return _wide(together, mode)

@@ -26,7 +26,7 @@ from biojepa.losses import (
     vicreg_flat,
 )
 from .loop import Loop, LoopConfig
-from .pretraining import draw_genes
+from .pretraining import draw_genes, watched
 
 # %% ../nbs/52_training.ipynb #c008
 @dataclass
@@ -187,10 +187,10 @@ def _step(model, sampler, actions, target, config, device):
     "The function that the loop calls with the number of the step."
     base = model.config.preset == "base"
     weights = _weights(model, config)
-    per_epoch = max(1, int(sampler.groups.n_cells.sum()) // config.sets)
     line = torch.as_tensor(pd.factorize(sampler.groups.cell_type)[0])
     def parts_of(i):
-        batch = sampler.batch(i if base else i % per_epoch, config.sets).to(device)
+        draw = sampler.batch if base else sampler.pair_batch
+        batch = draw(i, config.sets).to(device)
         chosen = actions[batch.group.cpu()].to(device)
         if model.config.preset == "v0_1": return action_loss_v01(model, batch, chosen)
         if not base: return action_loss_v03(model, batch, chosen)
@@ -210,7 +210,7 @@ def _effect_rank(model, sampler, actions, config, device):
     base = model.config.preset == "base"
     def watch():
         batch = sampler.batch(0, 1).to(device)
-        some = actions[torch.arange(min(32, len(actions)))].to(device)
+        some = actions[torch.arange(min(watched(model, 32), len(actions)))].to(device)
         n = batch.control.shape[-1]
         generator = torch.Generator().manual_seed(0)
         genes = draw_genes(n, config.genes, generator, some.target) if base else None

@@ -56,6 +56,12 @@ def test_a_missing_name_is_no_target(text):
     assert Action.parse("NANOG").targets == ("NANOG",)
 
 
+def test_an_amount_is_no_target():
+    for label in ("GENE1+10uM", "JQ1+24h"):
+        assert "no target" in refused(lambda: Action.parse(label, "drug"), BadAction)
+    assert Action.parse("5-FU+GENE1", "drug").targets == ("5-FU", "GENE1")
+
+
 @pytest.mark.parametrize("what", ["dose", "time"])
 def test_numbers_are_those_that_people_write(what):
     for bad in (True, np.True_, "0_5", "1,5", "10uM", "inf", "", None, [1, 2]):

@@ -410,3 +410,11 @@ def test_values_clipped_to_one_whole_number_are_no_counts():
     cells.X = cells.X.copy()
     cells.X.data[:] = 2.0
     with pytest.raises(BadCells, match="clipped"): prepare(cells)
+
+
+@pytest.mark.parametrize("label, sep", [("A+nan", "+"), ("A+<NA>", "+"), ("A_None", "_"), ("control+NA", "+")])
+def test_a_missing_part_of_a_combination_is_no_target(label, sep):
+    from biojepa.cells import BadCells
+    from biojepa.labels import cut
+    with pytest.raises(BadCells, match="missing"): cut(label, ("control",), sep)
+    assert cut("NANOG+A", ("control",)) == ("NANOG", "A")

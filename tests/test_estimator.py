@@ -9,6 +9,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -992,6 +993,41 @@ def test_a_failed_write_leaves_the_old_model_whole(whole_model, tmp_path, monkey
         m.setattr("os.replace", full)
         with pytest.raises(OSError): model.save(whole)
     assert before == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+@pytest.mark.parametrize("sep, label, ours", [("+", "(+)-JQ1", "(plus)-JQ1"), (None, "A+B", "A plus B")])
+def test_a_label_with_a_plus_is_understood_as_it_was_written(sep, label, ours):
+    "Features, split, predict, dose and scorecard take the label of the file and our name for it alike."
+    from biojepa.scorecard import scorecard
+    raw = simulate(n_genes=48, n_perturbations=16, cells_per_perturbation=12, seed=3)
+    first = sorted(set(raw.obs.perturbation) - {"control"})[0]
+    raw.obs["perturbation"] = raw.obs.perturbation.astype(str).replace({first: label})
+    cells = prepare(raw, n_genes=48, sep=sep)
+    names = sorted(set(cells.obs.perturbation) - {"control"})
+    assert ours in names
+    written = [label if n == ours and sep else n for n in names]
+    features = pd.DataFrame(np.random.default_rng(0).normal(size=(16, 4)), index=written)
+    rest = [n for n in written if n not in (label, ours)]
+    asked = label if sep else ours
+    fold = Split("by hand", 0, (asked, *rest[6:]), (), tuple(rest[:6]))
+    model = BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
+    assert ours in fold.train and not model.table.missing([ours])
+    dose = {label: 1.0} if sep else 1.0
+    one, two = (model.predict(cells, [n], dose=dose) for n in (label, ours))
+    assert np.array_equal(one.layers["delta"], two.layers["delta"]) and one.obs.support.iloc[0] == 1
+    held = Split("by hand", 0, tuple(rest[6:]), (), (asked, *rest[:6]))
+    with pytest.raises(ValueError, match=r"does not say how .* is held out"): scorecard(cells, held, {}, "none")
+    held = replace(held, groups=dict.fromkeys((asked, *rest[:6]), "unseen_gene"))
+    effect = effects(cells).to_df().rename(index={ours: asked})
+    card = scorecard(cells, held, {"perfect": effect}, "none", metrics=["mse"], n_boot=20)
+    assert card.table.value.abs().max() < 1e-6
+
+
+def test_names_without_cells_are_warned_of():
+    cells = prepare(simulate(n_genes=48, n_perturbations=12, cells_per_perturbation=12, seed=3), n_genes=48)
+    fold = split(cells, seed=0)
+    with pytest.warns(UserWarning, match="1 of .* training names have no cell here, such as 'NOPE'"):
+        BioJEPA.fit(cells, replace(fold, train=(*fold.train, "NOPE")), network=False, progress=False)
 
 
 JOINT = {k: v for k, v in TINY.items() if k != "pretraining"}

@@ -36,6 +36,9 @@ def test_no_answer_where_there_is_none(fitted):
     half = np.isin(np.arange(cells.n_obs), control[::2])
     nothing = bj.plan(model, cells, half, candidates=list(split.train))
     assert nothing.abstains and "scatter" in nothing.reason
+    every = model.predict(cells, list(split.train)).layers["delta"]
+    away = bj.plan(model, cells, pd.Series(-5 * every.mean(0), cells.var_names), candidates=list(split.train))
+    assert away.abstains and (away.table.gap_closed[0] > 0 or "doing nothing" in away.reason)
 
 
 @pytest.mark.parametrize("goal, word", [

@@ -64,6 +64,21 @@ def test_a_closed_form_has_nothing_to_probe_and_controls_without_network(screen)
     }
 
 
+def test_a_scorecard_asks_the_cells_of_a_loaded_model(tmp_path):
+    raw = simulate(n_genes=40, n_perturbations=12, cells_per_perturbation=12, cell_types=2, seed=3)
+    cells = prepare(raw, n_genes=40)
+    fold = split(cells, "unseen_gene", seed=0)
+    model = BioJEPA.fit(cells, fold, **TINY)
+    again = BioJEPA.load(model.save(tmp_path))
+    card = scorecard(cells, fold, {"m": again}, "none", n_boot=20, metrics=["mse"], probe=True)
+    asked = card.probes.query("embedding == 'cell'").set_index(["probe", "of"]).value
+    rows = {"m", "m, untrained", "expression", "PCA of cells"}
+    for probe in ("cell_type", "perturbation"): assert set(asked[probe].index) == rows
+    assert asked["cell_type", "PCA of cells"] > 0.9
+    plain = scorecard(cells, fold, {"m": again}, "none", n_boot=20, metrics=["mse"])
+    assert plain.probes is None
+
+
 def test_the_winner_is_the_best_of_the_table_and_the_gap_is_its_lead(screen):
     cells, features, fold, _ = screen
     truth = BioJEPA.fit(cells, fold, features=features, network=False, progress=False)

@@ -1,5 +1,6 @@
 "Baselines, metrics and the scorecard: laws that hold for any screen, on small simulated ones."
 import html
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -673,6 +674,30 @@ def test_other_units_are_refused_and_the_predictor_is_named(screen):
             scorecard(cells, fold, {"theirs": theirs}, "none", metrics=["mse"], n_boot=20)
 
 
+def test_units_in_words_and_kinds_of_values(screen, truth):
+    "Declared units, what is no real number, and a damaged file are refused; the impossible is warned of."
+    cells, _, fold = screen
+    def ask(table): return answers(table, held_out(cells, fold), observed_effects(held_out(cells, fold)))
+    own = AnnData(truth.to_numpy() * 0, obs=pd.DataFrame(index=truth.index), var=pd.DataFrame(index=truth.columns))
+    own.layers["delta"] = truth.to_numpy()
+    own.uns["biojepa"] = {"units": "log2"}
+    with pytest.raises(ValueError, match="units of 'log2'"): ask(own)
+    for odd in (truth > 0, truth * 1j):
+        with pytest.raises(ValueError, match="not real numbers"): ask(odd)
+    z = pd.DataFrame(np.random.default_rng(0).normal(0, 3, truth.shape), truth.index, truth.columns)
+    for far in (z, truth + 3):
+        with pytest.warns(UserWarning, match="what cells cannot be"): ask(far)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.allclose(ask(truth), truth.loc[list(observed_effects(held_out(cells, fold)).obs.perturbation)])
+
+
+def test_a_damaged_file_of_predictions_is_named(screen, tmp_path):
+    cells, _, fold = screen
+    (tmp_path / "mine.h5ad").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    with pytest.raises(ValueError, match="mine.h5ad cannot be read"): Answers(tmp_path / "mine.h5ad")
+
+
 def test_controls_on_another_scale_are_refused(screen):
     cells, _, fold = screen
     half = AnnData(cells.X * 0.5, obs=cells.obs[["perturbation"]].copy(), var=cells.var[[]])
@@ -703,11 +728,16 @@ def test_ceiling_on_real_cells_is_the_corrected_split_half(screen):
     cells, _, fold = screen
     real = cells.copy()
     del real.uns["truth"]
-    t = scorecard(real, fold, {}, ["mean"], metrics=["pearson_pert", "mse", "rank"], n_boot=20).table
+    card = scorecard(real, fold, {}, ["mean"], metrics=["pearson_pert", "mse", "rank"], n_boot=20)
+    t = card.table
     t = t[t.split == "unseen_gene"].set_index("metric")
-    assert list(t.ceiling_by[["pearson_pert", "mse", "rank"]]) == ["Spearman-Brown", "quarter", "split half"]
+    assert list(t.ceiling_by[["pearson_pert", "mse", "rank"]]) == ["Spearman-Brown", "quarter", "none"]
     r = t.split_half["pearson_pert"]
     assert np.isclose(t.ceiling["pearson_pert"], np.sqrt(2 * r / (1 + r)))
+    assert np.isnan(t.ceiling["rank"]) and "no ceiling known" in headline(card, "mean", "rank")
+    wide = card.wide(["pearson_pert", "rank"]).loc["unseen_gene"]
+    assert wide["rank"].drop("ceiling").notna().all() and np.isnan(wide["rank"]["ceiling"])
+    assert np.isclose(wide["rank"]["split_half"], t.split_half["rank"], atol=1e-3)
 
 
 def test_small_groups_are_counted_not_scored(card):

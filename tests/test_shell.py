@@ -328,6 +328,16 @@ def test_features_of_structures_and_sequences(cells, tmp_path):
             pd.testing.assert_frame_equal(x, read[k].loc[x.index])
 
 
+def test_names_of_a_table_of_texts(tmp_path):
+    "As people write them; a name with two texts is refused, a copy is not."
+    from biojepa.cli_steps import _column
+    path = tmp_path / "drugs.csv"
+    path.write_text("name,smiles\n(+)-JQ1,CCO\n aspirin ,CC\nNA,C\naspirin,CC\nnone,\n")
+    assert _column(path, "smiles") == {"(plus)-JQ1": "CCO", "aspirin": "CC"}
+    path.write_text("name,smiles\naspirin,CCO\naspirin,CC\n")
+    with pytest.raises(ValueError, match="drugs.csv: 'aspirin' has two smiles"): _column(path, "smiles")
+
+
 def test_annotations_need_no_rdkit(cells, annotations, tmp_path):
     "RDKit is for --smiles alone, and without it that is one red line."
     def run(*words):

@@ -283,3 +283,19 @@ def test_a_label_that_is_missing_is_no_name(data):
             bad.loc[bad.index[3], column] = blank
             with pytest.raises(BadSignatures, match=f"row 3 has {word}"): signatures(bad, "line")
     with pytest.raises(BadSignatures, match="no line"): signatures(table)
+
+
+def test_names_of_signatures_are_ours_and_damage_is_named(tmp_path):
+    "Blanks go, a plus that joins nothing is spelled out; a damaged file is one sentence."
+    table = pd.DataFrame(dict(pert=["(+)-JQ1", "A ", "B"], gene=["g"] * 3, effect=[1, 0, -1]))
+    assert list(signatures(table, "L").obs.perturbation) == ["(plus)-JQ1", "A", "B"]
+    with pytest.raises(BadSignatures, match="'A' and gene 'g' stand twice"):
+        signatures(table.assign(pert=["A", "A ", "B"]), "L")
+    for name in ("", "NA", "null", None):
+        with pytest.raises(BadSignatures, match="row 1 has no pert"):
+            signatures(table.assign(pert=["A", name, "B"]), "L")
+    table.to_csv(tmp_path / "L_x.csv.gz")
+    whole = (tmp_path / "L_x.csv.gz").read_bytes()
+    for data in (whole[:40], b"", b"hello", whole[:30] + bytes(10) + whole[40:]):
+        (tmp_path / "L_x.csv.gz").write_bytes(data)
+        with pytest.raises(BadSignatures, match="L_x.csv.gz cannot be read"): read_signatures(tmp_path)

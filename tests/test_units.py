@@ -84,7 +84,15 @@ def test_the_right_scale_is_taken_with_a_subset_of_genes_too():
 
 
 @pytest.mark.parametrize(
-    "what", [np.log1p, lambda X: X * np.log2(np.e), lambda X: X - X.mean(0), lambda X: X / 10]
+    "what",
+    [
+        np.log1p,
+        lambda X: X * np.log2(np.e),
+        lambda X: X - X.mean(0),
+        lambda X: X / 10,
+        lambda X: np.log1p(np.expm1(X) / 10),
+        lambda X: 0 * X,
+    ],
 )
 @pytest.mark.parametrize("counts", [True, False])
 def test_prepared_cells_that_were_altered_are_refused(what, counts):
