@@ -134,7 +134,7 @@ SCREEN |= dict(
     ),
 )
 
-# %% ../nbs/82_cli_options.ipynb #d015
+# %% ../nbs/82_cli_options.ipynb #c017
 FEATURES = typer.Option(
     None,
     help="Features of targets (csv, tsv, parquet, npz with symbol and emb, or a folder of them); "
@@ -144,7 +144,7 @@ SEED = typer.Option(0, help="Seed of everything random.")
 PROGRESS = typer.Option(True, help="Show bars.")
 DEVICE = typer.Option(None, help="cpu, cuda or mps; the best at hand without it.")
 
-# %% ../nbs/82_cli_options.ipynb #c016
+# %% ../nbs/82_cli_options.ipynb #c019
 def takes_screen(
     command=None, # a function with `**how`
     **defaults, # option -> another default for this command
@@ -160,7 +160,7 @@ def takes_screen(
     command.__signature__ = inspect.Signature([*plain, *more])
     return command
 
-# %% ../nbs/82_cli_options.ipynb #c018
+# %% ../nbs/82_cli_options.ipynb #c021
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 def as_arguments(
@@ -177,7 +177,7 @@ def as_arguments(
     if len(how["control"]) == 1: how["control"], = how["control"]
     return {k: v for k, v in how.items() if v is not False}
 
-# %% ../nbs/82_cli_options.ipynb #c020
+# %% ../nbs/82_cli_options.ipynb #c023
 @contextmanager
 def naming(
     *paths, # files being read
@@ -195,7 +195,7 @@ def naming(
             "is it the right file, and whole?"
         ) from e
 
-# %% ../nbs/82_cli_options.ipynb #c023
+# %% ../nbs/82_cli_options.ipynb #c026
 def choose(
     adata, # AnnData
     where, # COLUMN=VALUE, or None
@@ -216,7 +216,7 @@ def choose(
         adata = adata[keep]
     return adata.copy()
 
-# %% ../nbs/82_cli_options.ipynb #c025
+# %% ../nbs/82_cli_options.ipynb #c028
 NO_LABELS = (
     "has cells and genes but no columns of obs, so nothing in it tells what was done to a cell; "
     "add the labels in Python (biojepa.read, then .obs) and write it as h5ad"
@@ -253,7 +253,7 @@ def changed(
     "Which options did the caller set?"
     return [k for k, v in how.items() if v and v != SCREEN[k][1].default and k != "n_genes"]
 
-# %% ../nbs/82_cli_options.ipynb #c027
+# %% ../nbs/82_cli_options.ipynb #c030
 def read_prepared(
     path: Path, # cells that `biojepa prepare` wrote
 ): # AnnData
@@ -271,7 +271,7 @@ def read_features(
     if not paths: return None
     with naming(*paths): return as_table(list(paths))
 
-# %% ../nbs/82_cli_options.ipynb #c030
+# %% ../nbs/82_cli_options.ipynb #c033
 MODEL_FILES = (".json", ".safetensors", ".pt")
 
 def inputs_of(
@@ -289,7 +289,7 @@ def _same(a, b):
     if a.exists() and b.exists(): return a.samefile(b)
     return a.resolve() == b.resolve()
 
-# %% ../nbs/82_cli_options.ipynb #c031
+# %% ../nbs/82_cli_options.ipynb #c034
 def check_outputs(
     outputs, # files that the command will write; None is left out
     inputs, # files and folders that it reads; None is left out
@@ -311,7 +311,7 @@ def check_outputs(
             raise ValueError(f"{out.parent} is not a folder; choose another place for {out.name}")
         out.parent.mkdir(parents=True, exist_ok=True)
 
-# %% ../nbs/82_cli_options.ipynb #c033
+# %% ../nbs/82_cli_options.ipynb #c036
 def check_folder(
     out: Path, # the folder that a command fills
     inputs=(), # files and folders that it reads
@@ -329,7 +329,7 @@ def save(
     from biojepa.loop import write_atomic
     write_atomic(out, write)
 
-# %% ../nbs/82_cli_options.ipynb #c036
+# %% ../nbs/82_cli_options.ipynb #c039
 def quiet_warnings() -> None:
     "A warning is a word to the user, not a place in the code."
     warnings.filterwarnings("ignore", category=UserWarning, module="anndata|scanpy")
@@ -354,5 +354,5 @@ def run(
         typer.secho(line, fg="red", err=True)
         raise SystemExit(code) from None
 
-# %% ../nbs/82_cli_options.ipynb #c039
+# %% ../nbs/82_cli_options.ipynb #c042
 document(globals())

@@ -171,7 +171,7 @@ def _white(self: FeatureTable, name, frame):
         ((frame.to_numpy('float64') - centre) @ rotate).astype('float32'), index=frame.index
     )
 
-# %% ../nbs/21_featurizers.ipynb #c054
+# %% ../nbs/21_featurizers.ipynb #c056
 @patch
 def extend(self: FeatureTable,
             # features of new targets, in any form that `as_table` takes; same sources, same columns
@@ -196,7 +196,7 @@ def extend(self: FeatureTable,
         new.sources[name] = pd.concat([self.sources[name], self._white(name, frame)])
     return new
 
-# %% ../nbs/21_featurizers.ipynb #c058
+# %% ../nbs/21_featurizers.ipynb #c060
 @patch
 def support(self: FeatureTable,
     train_targets, # names of the training perturbations
@@ -220,7 +220,7 @@ def _centred(self: FeatureTable, targets):
         if not plain[i]: blocks[i] -= present[:, [i]] * self.maps[name][0]
     return np.concatenate(blocks, 1).astype('float32')
 
-# %% ../nbs/21_featurizers.ipynb #c065
+# %% ../nbs/21_featurizers.ipynb #c069
 @patch
 def state(self: FeatureTable) -> dict:
     "The table as plain arrays, for `numpy.savez`."
@@ -232,7 +232,7 @@ def state(self: FeatureTable) -> dict:
         out |= {k: v for k, v in pair if v is not None}
     return out
 
-# %% ../nbs/21_featurizers.ipynb #c066
+# %% ../nbs/21_featurizers.ipynb #c070
 @patch(cls_method=True)
 def from_state(cls: FeatureTable,
     state, # of `state`
@@ -253,7 +253,7 @@ def from_state(cls: FeatureTable,
     }
     return new
 
-# %% ../nbs/21_featurizers.ipynb #c069
+# %% ../nbs/21_featurizers.ipynb #c073
 @dataclass
 class ActionBatch:
     "P actions of at most A parts, as tensors. Index it like a tensor; it stays a batch."
@@ -275,7 +275,7 @@ class ActionBatch:
         "The same batch on another device."
         return self._each(lambda x: x.to(device))
 
-# %% ../nbs/21_featurizers.ipynb #c070
+# %% ../nbs/21_featurizers.ipynb #c074
 def encode_actions(
         actions: list,                      # P of Action
         genes,                              # names of the G measured genes, in order
@@ -310,5 +310,5 @@ def encode_actions(
         mask=fill(lambda p: True, bool),
     )
 
-# %% ../nbs/21_featurizers.ipynb #c090
+# %% ../nbs/21_featurizers.ipynb #c094
 document(globals())

@@ -86,7 +86,7 @@ def configure(preset: str = 'base',  # 'base', 'v0_3', 'v0_2' or 'v0_1'
     shape = PRESETS.get(preset, {}) if size is None else SIZES[size]
     return ModelConfig(n_genes=n_genes, preset=preset, **{**shape, **overrides})
 
-# %% ../nbs/37_model.ipynb #c014
+# %% ../nbs/37_model.ipynb #c016
 def config_to_json(config: ModelConfig # of any preset
                   ) -> str:
     "A configuration as text."
@@ -101,7 +101,7 @@ def config_from_json(text: str # that `config_to_json` wrote
         raise ValueError(f'the configuration has unknown fields: {", ".join(sorted(unknown))}')
     return ModelConfig(**values)
 
-# %% ../nbs/37_model.ipynb #c017
+# %% ../nbs/37_model.ipynb #c019
 class WorldModel(nn.Module):
     "Student, teacher and predictors of one preset."
     def __init__(self, config: ModelConfig):
@@ -138,7 +138,7 @@ class WorldModel(nn.Module):
         "The student's vector of each gene before it sees a cell [G, D]"
         return self.student.identity.weight
 
-# %% ../nbs/37_model.ipynb #c019
+# %% ../nbs/37_model.ipynb #c021
 def build(config: ModelConfig,  # see `configure`
           seed: int = 0         # of the initial weights
          ) -> WorldModel:
@@ -152,7 +152,7 @@ def count_parameters(module: nn.Module # any module
     "Learned numbers in a module; buffers and a teacher's frozen copies are not learned."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../nbs/37_model.ipynb #c022
+# %% ../nbs/37_model.ipynb #c024
 def begin_pathways(config: ModelConfig,  # of preset v0_2 or v0_1
                    sets: dict,           # name -> genes, see `read_gene_sets`
                    genes: list           # names of the measured genes, in order
@@ -177,7 +177,7 @@ def set_pathways(self: WorldModel,
     for encoder in (self.student, self.teacher.encoder): encoder.set_pathways(start)
     return self
 
-# %% ../nbs/37_model.ipynb #c038
+# %% ../nbs/37_model.ipynb #c040
 @patch
 def context(self: WorldModel,
              x: Tensor,             # log1p expression of sets of cells [B, M, G]
@@ -196,7 +196,7 @@ def context(self: WorldModel,
     tokens = [t if torch.is_tensor(t) else t[0] for t in map(encode, range(0, len(cells), chunk))]
     return torch.cat(tokens).unflatten(0, x.shape[:2]).mean(1)
 
-# %% ../nbs/37_model.ipynb #c042
+# %% ../nbs/37_model.ipynb #c044
 def among(action,        # ActionBatch whose targets are rows among all genes
           genes: Tensor  # the genes that are there, ascending [K]
          ):              # ActionBatch whose targets are rows among those
@@ -209,7 +209,7 @@ def among(action,        # ActionBatch whose targets are rows among all genes
         raise ValueError('the target of an action is not among the genes')
     return replace(action, target=torch.where(action.target >= 0, place, action.target))
 
-# %% ../nbs/37_model.ipynb #c043
+# %% ../nbs/37_model.ipynb #c045
 @patch
 def forward(self: WorldModel,
              context: Tensor,      # control states [P, G, D], or [1, G, D] shared by all actions
@@ -234,7 +234,7 @@ def forward(self: WorldModel,
     mean, log_variance = self.predictor(context.expand(len(vector), -1, -1), vector)
     return Change(mean - context, log_variance, None)
 
-# %% ../nbs/37_model.ipynb #c045
+# %% ../nbs/37_model.ipynb #c047
 @patch
 def per_gene(self: WorldModel,
               # latents of genes, or of pathways [B, G or K, D]
@@ -246,5 +246,5 @@ def per_gene(self: WorldModel,
     if self.config.preset not in POOLED: return z
     return (self.teacher.encoder if teacher else self.student).to_genes(z, variance)
 
-# %% ../nbs/37_model.ipynb #c073
+# %% ../nbs/37_model.ipynb #c075
 document(globals())
