@@ -156,7 +156,7 @@ def _check_storage(array):
             f"{array.name!r} declares {declared:.1e} bytes and holds {stored}; fetch the h5ad again"
         )
 
-# %% ../nbs/03_files.ipynb #c020b
+# %% ../nbs/03_files.ipynb #c022
 HEAP = b"GCOL\x01\0\0\0"  # signature and version of a heap of texts
 
 def _check_heaps(path):
@@ -180,7 +180,7 @@ def _heap_ends(data, at):
         at += step
     return end <= len(data)
 
-# %% ../nbs/03_files.ipynb #c022
+# %% ../nbs/03_files.ipynb #c025
 def _text(values): return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
 
 def _ten_x(matrix, barcodes, ids, symbols, kinds=None):
@@ -202,7 +202,7 @@ def _ten_x_h5(group):
     ids, symbols, kinds = (_text(features[k][:]) for k in ("id", "name", "feature_type"))
     return _ten_x(X, _text(group["barcodes"][:]), ids, symbols, kinds)
 
-# %% ../nbs/03_files.ipynb #c023
+# %% ../nbs/03_files.ipynb #c026
 def _ten_x_folder(folder):
     "matrix.mtx, features.tsv (or genes.tsv) and barcodes.tsv, each perhaps .gz, perhaps prefixed."
     def one(*names):
@@ -223,7 +223,7 @@ def _ten_x_folder(folder):
     kinds = features[2] if features.shape[1] > 2 else None
     return _ten_x(matrix, list(barcodes), list(ids), list(symbols), kinds)
 
-# %% ../nbs/03_files.ipynb #c026
+# %% ../nbs/03_files.ipynb #c029
 RNA = ("rna", "gex", "gene expression", "gene_expression", "expression")
 
 def _h5mu(file):
@@ -252,7 +252,7 @@ def _loom(file):
     X = sparse.hstack([sparse.csc_matrix(file["matrix"][i:i + 512].T) for i in slabs])
     return AnnData(sparse.csr_matrix(X), obs=cells, var=rows)
 
-# %% ../nbs/03_files.ipynb #c029
+# %% ../nbs/03_files.ipynb #c032
 def _hdf5(path):
     "Any of the HDF5 formats."
     _check_heaps(path)
@@ -289,7 +289,7 @@ def _gzip(path):
             shutil.copyfileobj(packed, plain)
         return _open(inner)
 
-# %% ../nbs/03_files.ipynb #c030
+# %% ../nbs/03_files.ipynb #c033
 OTHERS = {  # what a file is when it is none of ours: what to do
     ".rds": "in R, zellkonverter::writeH5AD writes h5ad",
     ".h5seurat": "in R, SeuratDisk::Convert writes h5ad",
@@ -313,7 +313,7 @@ def _open(path):
         OTHERS.get(ending, "it is none of h5ad, h5mu, 10x h5 or mtx, loom, zarr; write it as h5ad")
     )
 
-# %% ../nbs/03_files.ipynb #c032
+# %% ../nbs/03_files.ipynb #c035
 def read(
     path, # h5ad, h5mu, 10x h5, 10x folder, zarr folder, loom; h5ad may be gzipped
 ) -> AnnData: # in memory; every sparse matrix checked, columns of obs and var such as files hold
@@ -348,5 +348,5 @@ def _check_parts(adata):
             part[key] = sound(part[key], f"{name}[{key!r}]")
     if adata.raw is not None: sound(adata.raw.X, ".raw")
 
-# %% ../nbs/03_files.ipynb #c035
+# %% ../nbs/03_files.ipynb #c038
 document(globals())
