@@ -155,7 +155,7 @@ def test_tables_that_no_file_holds_are_made_storable(tmp_path):
 def test_a_heap_of_texts_without_an_end_is_refused(tmp_path):
     from biojepa.files import HEAP
     path = tmp_path/"a.h5ad"
-    ad.AnnData(np.ones((3, 2), "float32"), obs=pd.DataFrame({"gene": ["A", "B", "C"]}, index=list("abc"))).write_h5ad(path)
+    AnnData(np.ones((3, 2), "float32"), obs=pd.DataFrame({"gene": ["A", "B", "C"]}, index=list("abc"))).write_h5ad(path)
     assert bj.read(path).obs.gene.tolist() == ["A", "B", "C"]
     data = bytearray(path.read_bytes())
     first = data.find(HEAP) + 16
