@@ -2,11 +2,12 @@
 
     python .ci/notebooks.py store nbs/10_cells.ipynb ...   # run, write the outputs into the file
     python .ci/notebooks.py compare [nbs/...]              # run, fail where stored text differs
+    python .ci/notebooks.py serve                          # compare each path that stdin names; a line of JSON each
 
 Cells under `#| slow`, `#| gpu` or `#| data` keep the outputs that were stored on purpose,
 unless `--flags slow,data` asks for them. Cells under `#| eval: false` are never run.
 """
-import argparse, base64, io, os, re, subprocess, sys
+import argparse, base64, io, json, os, re, subprocess, sys, tempfile, traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,15 +113,45 @@ def clean(nb):
     )
 
 
+def compare_in_fork(path):
+    "(exit code, what was printed) of a comparison in a process of its own, which inherits the imports of this one."
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                for stream in (1, 2): os.dup2(said.fileno(), stream)
+                code = min(run_one(Path(path).resolve(), "compare", []), 1)
+            except BaseException: traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        return code, said.read()
+
+
+def serve():
+    "Import once what notebooks import, then compare each notebook in a fork."
+    if any(os.environ.get(k) != v for k, v in ENV.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENV})
+    import execnb.shell, matplotlib.pyplot, scanpy, torch
+    import biojepa.estimator, biojepa.scorecard
+    for line in sys.stdin:
+        print(json.dumps(compare_in_fork(line.strip())), flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("mode", choices=["store", "compare"])
+    p.add_argument("mode", choices=["store", "compare", "serve"])
     p.add_argument("paths", nargs="*")
     p.add_argument("--flags", default="")
     p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_intermixed_args()
+    if a.mode == "serve": return serve()
     paths = [Path(x).resolve() for x in a.paths] or sorted((ROOT / "nbs").rglob("*.ipynb"))
     if a.one: return sys.exit(run_one(paths[0], a.mode, a.flags.split(",")))
     def cmd(x):

@@ -29,12 +29,23 @@ def run(*words, cwd=ROOT):
     return subprocess.run([str(w) for w in words], cwd=cwd, env=ENV, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="session")
+def runner():
+    "A process that has imported what notebooks import, and compares each in a fork."
+    words = [sys.executable, ".ci/notebooks.py", "serve"]
+    with subprocess.Popen(words, cwd=ROOT, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield server
+        server.stdin.close()
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS)
-def test_notebook(path):
+def test_notebook(runner, path):
     """Runs in a process of its own and prints what is stored; `slow`, `gpu` and `data` cells keep
     their outputs."""
-    out = run(sys.executable, ".ci/notebooks.py", "compare", path)
-    assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+    runner.stdin.write(f"{ROOT/path}\n")
+    runner.stdin.flush()
+    code, said = json.loads(runner.stdout.readline())
+    assert code == 0, said[-6000:]
 
 
 def test_notebooks_are_clean_and_exported(tmp_path):
