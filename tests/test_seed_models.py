@@ -192,6 +192,22 @@ def test_the_seeds_v0_2_is_trained_from_a_shell(screen, tmp_path):
     assert all(torch.isfinite(w).all() for w in weights)
 
 
+def test_the_seeds_v0_2_begins_from_gene_sets(screen, tmp_path):
+    "A token per set, under the names of the sets, at the seed's width and depth."
+    cells, features, _ = screen
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    features.rename(columns=str).to_parquet(tmp_path / "f.parquet")
+    sets = {f"SET{i}": list(cells.var_names[8 * i:8 * i + 8]) for i in range(4)}
+    (tmp_path / "x.gmt").write_text("\n".join("\t".join([n, "", *genes]) for n, genes in sets.items()))
+    words = (tmp_path / "cells.h5ad", "--out", tmp_path / "run", "--features", tmp_path / "f.parquet", "--gene-sets")
+    words += (tmp_path / "x.gmt", "--preset", "v0_2", "--size", "seed", "--device", "cpu", "--no-progress")
+    said = shell(*words, "--steps", 1, "--pretraining-steps", 1, "--decoder-steps", 1, "--batch", 1)
+    assert said.exit_code == 0, said.exception
+    model = BioJEPA.load(tmp_path / "run")
+    assert (model.model.config.width, model.model.config.layers) == (256, 6)
+    assert set(sets) <= set(map(str, model.pathway_attention(cells).index))
+
+
 def test_a_shell_refuses_what_would_take_a_year(screen, tmp_path):
     cells, features, _ = screen
     cells.write_h5ad(tmp_path / "cells.h5ad")
