@@ -55,6 +55,7 @@ def as_epochs(
     size: str, # 'small' or 'seed'
 ) -> dict: # stage -> number
     "Epochs of each stage. Raises ValueError for another stage and for a number below zero."
+    if size not in EPOCHS: raise ValueError(f"size {size!r} is not one of {', '.join(EPOCHS)}")
     if epochs is None: return dict(EPOCHS[size])
     out = dict.fromkeys(KINDS, epochs) if not isinstance(epochs, dict) else EPOCHS[size] | epochs
     odd = sorted(set(out) - set(KINDS))
