@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # OpenMP does not live through a fork
 
 import anndata as ad
 import h5py
@@ -780,10 +781,15 @@ def run_case(kind, seed):
     return tuple(json.loads(text)) if text else ("crash", f"signal {os.WTERMSIG(status)}")
 
 
+def warm_up():
+    "Import and compile once, before the processes part, what every case needs."
+    import biojepa.cli, biojepa.estimator, biojepa.scorecard  # noqa: F401
+    bj.effects(bj.prepare(screen(["control", "G1", "G2"])))
+
+
 def run(n, seed, kinds=None):
     "n cases: kind by kind in turn. Returns the counts and what must not happen."
-    # noqa: F401  once, before the processes part
-    import biojepa.cli, biojepa.estimator, biojepa.scorecard
+    warm_up()
     names = list(kinds or KINDS)
     counts = collections.Counter()
     bad = []
