@@ -13,10 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("slow", "gpu", "data")
+for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"): os.environ.setdefault(name, "1")
 ENV = dict(
     BIOJEPA_PRECISION="float32",
-    OMP_NUM_THREADS="1",
-    NUMBA_NUM_THREADS="1",
     MPLBACKEND="agg",
     TQDM_DISABLE="1",
     PYTHONHASHSEED="0",

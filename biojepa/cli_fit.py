@@ -74,7 +74,6 @@ def fit_command(
     Example: biojepa fit cells.h5ad --out runs/base --split unseen_gene --features go.npz
     """
     check_folder(out, [p for p in (cells, gene_sets, *(features or ())) if p], FITTED)
-    from biojepa.demo import who_answers
     from biojepa.estimator import BioJEPA
     from biojepa.splits import split
     data = read_prepared(cells)
@@ -84,8 +83,8 @@ def fit_command(
     stages = _stages(pretraining_steps, steps, decoder_steps, batch)
     model = BioJEPA.fit(data, held_out, size=size, epochs=epochs, yes=yes, **how, **stages)
     typer.echo(f"{out}: model.safetensors, model.json")
-    if preset != "base": typer.echo(f"What answers: {model.what_answers()}")
-    elif hasattr(model, "gate"): typer.echo(who_answers([model.gate], preset))
+    said = progress or not hasattr(model, "what_answers")  # with bars, `fit` said it
+    if not said: typer.echo(f"What answers: {model.what_answers()}")
 
 # %% ../nbs/83_cli_fit.ipynb #c017
 document(globals())

@@ -257,14 +257,10 @@ def predict_command(
     answer = fitted.predict(read_prepared(cells), names, **given)
     save(out, answer.write_h5ad)
     for line in largest_changes(answer): typer.echo(line)
-    typer.echo(f"{out}: layers {', '.join(answer.layers)}{_who(fitted)}")
+    typer.echo(f"{out}: layers {', '.join(answer.layers)}")
+    if hasattr(fitted, "what_answers"): typer.echo(f"What answers: {fitted.what_answers()}")
 
 # %% ../nbs/83_cli_steps.ipynb #c028
-def _who(model):
-    "Which part of a model of cells answered, as the end of a line."
-    from biojepa.demo import who_answers
-    return f". {who_answers([model.gate], 'this model')}" if hasattr(model, "gate") else ""
-
 def largest_changes(
     answer, # predictions: AnnData
     n: int = 8, # genes of each

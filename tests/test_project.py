@@ -17,9 +17,9 @@ NOTEBOOKS = sorted(
     if not any(x.startswith((".", "_")) for x in p.parts[len(ROOT.parts) :])
 )
 ENV = {
-    **os.environ,
     "OMP_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
+    **os.environ,
     "MPLBACKEND": "agg",
     "TQDM_DISABLE": "1",
 }
