@@ -1,6 +1,7 @@
 "Laws of the exported predictor and model, for sizes and actions drawn at random."
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -281,3 +282,10 @@ def test_strength_of_reference_dose_is_one():
         1,
         0,
     ]
+
+
+def test_pathways_start_with_columns_of_length_one():
+    from biojepa.gene_sets import pathway_matrix
+    start = pathway_matrix({"A": ["G0", "G1", "G2", "X"], "B": ["G3"]}, [f"G{i}" for i in range(5)])
+    np.testing.assert_allclose((start**2).sum(), 1, rtol=1e-6)
+    assert list(start.columns) == ["A", "B"] and not start.loc["G4"].any() and start.loc["G0", "A"] == start.loc["G2", "A"]

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 import biojepa as bj
-from biojepa.planning import BadGoal, gap_closed, wanted_change
+from biojepa.planning import BadGoal, _no_answer, _search, gap_closed, wanted_change
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def test_no_answer_where_there_is_none(fitted):
     half = np.isin(np.arange(cells.n_obs), control[::2])
     nothing = bj.plan(model, cells, half, candidates=list(split.train))
     assert nothing.abstains and "scatter" in nothing.reason
-    every = model.predict(cells, list(split.train)).layers["delta"]
-    away = bj.plan(model, cells, pd.Series(-5 * every.mean(0), cells.var_names), candidates=list(split.train))
-    assert away.abstains and (away.table.gap_closed[0] > 0 or "doing nothing" in away.reason)
+    far, sure = np.array([1.0, -2.0]), np.zeros(2)
+    assert "doing nothing" in _no_answer(far, sure, -0.1, 0.01, 0.1)     # all overshoot, whatever luck would do
+    assert "shuffled" in _no_answer(far, sure, 0.2, 0.3, 0.1) and not _no_answer(far, sure, 0.2, 0.01, 0.1)
 
 
 @pytest.mark.parametrize("goal, word", [
@@ -73,12 +73,14 @@ def test_a_loaded_model_plans_the_same(fitted, tmp_path):
 def test_the_answer_does_not_depend_on_chunks(fitted, monkeypatch):
     from biojepa import planning
     cells, split, model = fitted
-    goal = bj.effects(cells).to_df().loc[split.train[0]]
-    whole = bj.plan(model, cells, goal, candidates=list(split.train))
-    monkeypatch.setattr(planning, "CHUNK", 3)
-    parts = bj.plan(model, cells, goal, candidates=list(split.train))
-    pd.testing.assert_frame_equal(whole.table, parts.table)
-    assert whole.p_value == parts.p_value
+    names, genes = list(split.train), list(cells.var_names)
+    goal = bj.effects(cells).to_df().loc[names[0]].to_numpy()
+    named = np.ones(len(genes), bool)
+    def ask(some): return model.predict(cells, some)
+    def search(chunk):
+        monkeypatch.setattr(planning, "CHUNK", chunk)
+        return _search(ask, names, genes, goal, named / named.sum(), named, seed=0)
+    for whole, parts in zip(search(1000), search(3)): np.testing.assert_allclose(whole, parts, atol=1e-6)
 
 
 def test_from_a_shell(fitted, tmp_path):

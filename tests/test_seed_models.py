@@ -74,16 +74,16 @@ def test_steps_win_over_epochs_and_small_changes_nothing():
 
 
 def test_a_fit_of_very_many_cpu_days_is_refused_before_anything_is_written(screen, tmp_path):
+    months = Cost(dict(training=86_400 * 200), 8.0, "cpu", threads=2)
+    approve(months, yes=True)
+    approve(Cost(months.seconds, 8.0, "cuda"))                       # days of a GPU are its owner's
+    with pytest.raises(ValueError, match="400 CPU-days"): approve(months)
     cells, features, fold = screen
     how = dict(features=features, size="seed", epochs=10**8, out=tmp_path / "run", device="cpu", progress=False)
     tiny = dict(model=TINY["model"], pretraining=dict(batch=2), training=dict(sets=2))
     with pytest.raises(ValueError, match=r"CPU-days.*GPU.*epochs.*small.*--yes"):
         BioJEPA.fit(cells, fold, "v0_3", **how, **tiny)
     assert not (tmp_path / "run").exists()
-    months = Cost(dict(training=86_400 * 200), 8.0, "cpu", threads=2)
-    approve(months, yes=True)
-    approve(Cost(months.seconds, 8.0, "cuda"))                       # days of a GPU are its owner's
-    with pytest.raises(ValueError, match="400 CPU-days"): approve(months)
 
 
 @pytest.mark.parametrize("preset", ["base", "v0_2", "v0_3"])
