@@ -246,5 +246,5 @@ def plot(self: Combinations,
     if self.abstains: ax.set_title(f"no interaction: {self.reason}", color="tab:red", fontsize=9)
     return figure
 
-# %% ../nbs/72_combinations.ipynb #c034
+# %% ../nbs/72_combinations.ipynb #c033
 document(globals())

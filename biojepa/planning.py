@@ -310,5 +310,5 @@ def plot(self: Plan,
     if self.abstains: figure.suptitle(f"no answer: {self.reason}", color="tab:red", fontsize=9)
     return figure
 
-# %% ../nbs/70_planning.ipynb #c045
+# %% ../nbs/70_planning.ipynb #c043
 document(globals())

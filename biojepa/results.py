@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['PAGE', 'write_page', 'Result']
 
-# %% ../nbs/69_results.ipynb #r004
+# %% ../nbs/69_results.ipynb #c003
 import html, io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-# %% ../nbs/69_results.ipynb #r005
+# %% ../nbs/69_results.ipynb #c004
 from .patching import document
 
-# %% ../nbs/69_results.ipynb #r008
+# %% ../nbs/69_results.ipynb #c007
 PAGE = """<!doctype html><meta charset="utf-8"><title>biojepa: {title}</title>
 <meta name="viewport" content="width=device-width">
 <style>
@@ -46,7 +46,7 @@ def write_page(
     Path(path).write_text(page, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/69_results.ipynb #r011
+# %% ../nbs/69_results.ipynb #c010
 class Result:
     """What every use returns. A use gives `title`, `note`, `headline` and `plot`.
 
@@ -83,5 +83,5 @@ class Result:
     def __repr__(self):
         return f"{self.headline()}\n{self.table.head(10).round(3).to_string(index=False)}"
 
-# %% ../nbs/69_results.ipynb #r014
+# %% ../nbs/69_results.ipynb #c013
 document(globals())
