@@ -88,7 +88,7 @@ class TorchClosedForm:
             nowhere = np.zeros((1, len(form.genes)), bool)
             self.factor = torch.tensor(form.new_lines.factor(self.base[None].numpy(), nowhere)[0])
 
-# %% ../nbs/48_closed_form_torch.ipynb #c014
+# %% ../nbs/48_closed_form_torch.ipynb #c015
 @patch
 def parts(self: TorchClosedForm,
     actions: list, # N actions
@@ -131,7 +131,7 @@ def _same_mode(self: TorchClosedForm, mode):
     same = torch.tensor([m == mode for m in self.modes])
     return (same & self.known).to(torch.float64)
 
-# %% ../nbs/48_closed_form_torch.ipynb #c015
+# %% ../nbs/48_closed_form_torch.ipynb #c016
 @patch
 def __call__(self: TorchClosedForm,
     parts: TorchParts, # N actions
@@ -150,7 +150,7 @@ def __call__(self: TorchClosedForm,
     if self.factor is None: return out
     return out * torch.where(parts.own.any(1), 1.0, self.factor)
 
-# %% ../nbs/48_closed_form_torch.ipynb #c019
+# %% ../nbs/48_closed_form_torch.ipynb #c020
 @patch
 def free(self: TorchClosedForm,
     features: Tensor, # [N, A, F] vectors, of no target
@@ -168,5 +168,5 @@ def free(self: TorchClosedForm,
     out.reads += self._same_mode(mode)
     return out
 
-# %% ../nbs/48_closed_form_torch.ipynb #c023
+# %% ../nbs/48_closed_form_torch.ipynb #c024
 document(globals())
