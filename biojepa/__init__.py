@@ -14,6 +14,7 @@ _API = {
     "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",
     "plan": "planning", "signature": "goals", "sets_goal": "goals", "latent_distance": "goals",
     "combine": "combinations",
+    "pathway_edges": "pathway_edges",
     "to_cell_eval": "evaluator_files",
 }
 __all__ = list(_API)
