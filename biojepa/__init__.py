@@ -15,6 +15,7 @@ _API = {
     "plan": "planning", "signature": "goals", "sets_goal": "goals", "latent_distance": "goals",
     "combine": "combinations",
     "pathway_edges": "pathway_edges",
+    "needed_genes": "needed_genes",
     "to_cell_eval": "evaluator_files",
 }
 __all__ = list(_API)

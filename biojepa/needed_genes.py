@@ -21,14 +21,13 @@ from sklearn.linear_model import LassoCV
 # %% ../nbs/74_needed_genes.ipynb #c004
 from .patching import document, patch
 from .cells import CONTROL, check, dense, parts
+from .effects import control_means
 from .gene_sets import read_gene_sets
 from .results import Result
 
 # %% ../nbs/74_needed_genes.ipynb #c014
 class BadProcess(ValueError):
-    """A process that cannot be read; the message names the gene, the perturbation or the way out.
-
-    """
+    "A process that cannot be read; the message names the gene, the perturbation or the way out."
 
 def readout(
     model, # a fitted BioJEPA
@@ -57,9 +56,7 @@ def _moved_by(model, cells, name, most):
         warnings.simplefilter("ignore")
         predicted = model.predict(cells, [name])
     if predicted.obs.missing.iloc[0]:
-        raise BadProcess(
-            f"the model knows nothing of {name!r}; give the genes of the process as a list"
-        )
+        raise BadProcess(f"the model knows nothing of {name!r}; give the process as a list of genes")
     spread = dense(cells[(cells.obs.perturbation == CONTROL).to_numpy()].X).std(0)
     size = predicted.layers["delta"][0] / np.where(spread > 1e-6, spread, np.inf)
     size[np.isin(cells.var_names, parts(name))] = 0
@@ -167,11 +164,8 @@ def updated_mask(
 ) -> list: # numbers of inputs
     "The mask, and the inputs whose own perturbation moves the process."
     control = (screen.names == CONTROL) & learn
-    more = [
-        j for n, j in made.items()
-        if j not in mask and intervened(y, (screen.names == n) & learn, control)[1] <= alpha
-    ]
-    return mask + more
+    def moves(n): return intervened(y, (screen.names == n) & learn, control)[1] <= alpha
+    return mask + [j for n, j in made.items() if j not in mask and moves(n)]
 
 # %% ../nbs/74_needed_genes.ipynb #c028
 def conditional_loss(
@@ -230,15 +224,10 @@ def verdicts(
     cells = rows.p_cells.where(agree | ~made).fillna(1.0)
     p = cells.where(measured, 0.0)                                   # not measured: cells are silent
     p = np.maximum(p, rows.p_screen.fillna(0.0))
-    q = pd.Series(1.0, rows.index)
-    for family in (made, ~made):
-        if family.any(): q[family] = false_discovery_control(p[family])
+    q = p.groupby(made).transform(lambda x: false_discovery_control(x))
     both = np.where(measured, "cells and perturbation", "perturbation")
-    verdict = np.where(made, NEEDED, INFORMATIVE)
-    return pd.DataFrame(
-        dict(q=q, evidence=np.where(made, both, "cells"), verdict=np.where(q <= alpha, verdict, "")),
-        index=rows.index,
-    )
+    verdict = np.where(q > alpha, "", np.where(made, NEEDED, INFORMATIVE))
+    return pd.DataFrame(dict(q=q, evidence=np.where(made, both, "cells"), verdict=verdict))
 
 # %% ../nbs/74_needed_genes.ipynb #c037
 def _in_cells(screen, y, weights, inputs, made, learn):
@@ -281,28 +270,23 @@ def _candidates(screen, genes, weights, candidates, own):
     if not names: raise BadProcess("there is no candidate; give candidates=, names of genes")
     strange = [g for g in names if g not in genes and g not in made]
     if strange:
-        raise BadProcess(
-            f"candidate {strange[0]!r} is neither measured nor perturbed in these cells; leave it out"
-        )
+        raise BadProcess(f"candidate {strange[0]!r} is neither measured nor perturbed; leave it out")
     return names, [n for n in names if n in made]
 
 def _annotated(model, names, known):
     "Is anything known of each name: in a gene set, or in the model's features [n]."
-    if known is not None: there = set().union(*read_gene_sets(known).values())
-    elif model.table is None: there = set()
-    else: there = set().union(*(f.index for f in model.table.sources.values()))
+    sources = {} if model.table is None else model.table.sources
+    groups = [f.index for f in sources.values()] if known is None else read_gene_sets(known).values()
+    there = set().union(*groups)
     return [n in there for n in names]
 
 def _context(cells, cell_type):
     "The cells of one context. Raises BadProcess where there are several to choose from."
-    types = cells.obs.cell_type.astype(str)
-    found = sorted(types[(cells.obs.perturbation == CONTROL).to_numpy()].unique())
+    found = sorted(control_means(cells))
     if cell_type is None and len(found) == 1: cell_type = found[0]
     if cell_type not in found:
-        raise BadProcess(
-            f"cell type {cell_type!r} has no control cells; choose one with cell_type=: {', '.join(found)}"
-        )
-    return cells[(types == cell_type).to_numpy()]
+        raise BadProcess(f"choose the cell type with cell_type=, one of {', '.join(found)}")
+    return cells[(cells.obs.cell_type == cell_type).to_numpy()]
 
 # %% ../nbs/74_needed_genes.ipynb #c041
 def _predicted(model, cells, names, weights, screen):
@@ -337,47 +321,48 @@ def needed_genes(
     own = parts(process) if isinstance(process, str) else ()
     weights = readout(model, cells, process)
     screen = comparable(cells)
-    control = screen.names == CONTROL
-    weights = weights * np.isfinite(screen.spread)
-    weights = weights / max((screen.X @ weights)[control].std(), 1e-12)
-    reason = _no_process(screen, weights, process, alpha)
+    weights = weights / max((screen.X @ weights)[screen.names == CONTROL].std(), 1e-12)
+    learn = teaching(screen.names, seed)
+    reason = _no_process(screen, process, np.isin(genes, own), learn, alpha)
     names, made = _candidates(screen, genes, weights, candidates, own)
-    rows = _evidence(screen, weights, genes, names, made, own, seed)
+    rows = _evidence(screen, weights, genes, names, made, own, learn)
     rows = rows.join(verdicts(rows, alpha)).join(_predicted(model, cells, names, weights, screen))
     rows["annotated"] = _annotated(model, names, known)
     return _answer(rows, reason, alpha)
 
 # %% ../nbs/74_needed_genes.ipynb #c044
-def _no_process(screen, weights, process, alpha):
+def _no_process(screen, process, own, learn, alpha):
     "The reason why there is nothing to explain, or an empty text."
-    if not isinstance(process, str) or (screen.names == process).sum() < 3: return ""
-    error = screen.slope @ weights * screen.error[process]
-    at = screen.names == process
-    p = intervened(screen.X @ weights, at, screen.names == CONTROL, error)[1]
-    return f"{process} does not move the genes that it is predicted to move" if p > alpha else ""
+    if not isinstance(process, str) or (screen.names == process).sum() < 9: return ""
+    at, control = screen.names == process, screen.names == CONTROL
+    does = screen.X[at & learn].mean(0) - screen.X[control & learn].mean(0)
+    does = does * ~own
+    error = screen.slope @ does * screen.error[process]
+    change, p = intervened(screen.X @ does, at & ~learn, control & ~learn, error)
+    if p <= alpha and change > 0: return ""
+    return f"what {process} does in a third of its cells is not seen in the others"
 
-def _evidence(screen, weights, genes, names, made, own, seed):
+def _evidence(screen, weights, genes, names, made, own, learn):
     "Both kinds of evidence of every candidate."
     y = screen.X @ weights
     column = {g: j for j, g in enumerate(genes)}
     usable = (weights == 0) & (screen.seen > 0.05) & np.isfinite(screen.spread)
     inputs = np.flatnonzero(usable & ~np.isin(genes, own))
     seen = {n: column[n] for n in made if n in column and np.isfinite(screen.spread[column[n]])}
-    found = _in_cells(screen, y, weights, inputs, seen, teaching(screen.names, seed))
+    found = _in_cells(screen, y, weights, inputs, seen, learn)
     found.index = [genes[j] for j in found.index]
     rows = pd.DataFrame(index=pd.Index(names, name="gene")).join(found)
     return rows.join(_in_screen(screen, y, weights, made, column))
 
 def _answer(rows, reason, alpha):
     "The table, best first, and whether there is an answer."
-    effect = rows.effect.fillna(rows.predicted)
     measured = rows.own.notna() | rows.p_screen.isna()
     rows.loc[measured, ["necessity", "low", "high"]] = rows[["necessity", "low", "high"]].fillna(0)
     rank = rows.verdict.map({NEEDED: 0, INFORMATIVE: 1, "": 2})
-    table = rows.assign(effect=effect, rank=rank).reset_index()
+    table = rows.assign(effect=rows.effect.fillna(rows.predicted), rank=rank).reset_index()
     table = table.sort_values(["rank", "necessity", "q"], ascending=[True, False, True])
-    columns = ["gene", "necessity", "low", "high", "effect", "q", "verdict", "evidence"]
-    table = table[[*columns, "annotated", "support"]].reset_index(drop=True)
+    columns = "gene necessity low high effect q verdict evidence annotated support".split()
+    table = table[columns].reset_index(drop=True)
     if not reason and not (table.verdict == NEEDED).any():
         more = int((table.verdict == INFORMATIVE).sum())
         reason = f"no gene is needed at a false discovery rate of {alpha:g}"
@@ -409,5 +394,5 @@ def plot(self: NeededGenes,
     if self.abstains: figure.suptitle(f"no answer: {self.reason}", color="tab:red", fontsize=9)
     return figure
 
-# %% ../nbs/74_needed_genes.ipynb #c053
+# %% ../nbs/74_needed_genes.ipynb #c068
 document(globals())
