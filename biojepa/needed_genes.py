@@ -55,7 +55,7 @@ def _moved_by(model, cells, name, most):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         predicted = model.predict(cells, [name])
-    if predicted.obs.missing.iloc[0]:
+    if predicted.obs.missing.iloc[0] and not predicted.obs.support.iloc[0]:
         raise BadProcess(f"the model knows nothing of {name!r}; give the process as a list of genes")
     spread = dense(cells[(cells.obs.perturbation == CONTROL).to_numpy()].X).std(0)
     size = predicted.layers["delta"][0] / np.where(spread > 1e-6, spread, np.inf)
