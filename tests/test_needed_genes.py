@@ -6,7 +6,7 @@ from anndata import AnnData
 
 import biojepa as bj
 from biojepa.needed_genes import (
-    INFORMATIVE, NEEDED, BadProcess, comparable, conditional_loss, intervened, readout, rescaled, updated_mask, verdicts)
+    INFORMATIVE, MOVES, NEEDED, BadProcess, comparable, conditional_loss, intervened, readout, rescaled, updated_mask, verdicts)
 
 PROCESS = [f"P{k}" for k in range(6)]
 
@@ -69,7 +69,7 @@ def test_a_perturbation_as_a_process(fitted):
 def test_an_unmeasured_target_is_judged_by_its_perturbation(fitted):
     rows = pd.DataFrame(dict(p_cells=[np.nan], weight=[np.nan], p_screen=[1e-4], effect=[-1.0], own=[np.nan]), ["RECEPTOR"])
     said = verdicts(rows).loc["RECEPTOR"]
-    assert said.verdict == NEEDED and said.evidence == "perturbation"
+    assert said.verdict == MOVES and said.evidence == "perturbation"
 
 
 @pytest.mark.parametrize("process, word", [(["NOBODY"], "none of the 1 genes"), (pd.Series({"P0": np.nan}), "P0")])
@@ -116,9 +116,10 @@ def test_the_median_gene_stays_where_it_was(fitted):
 def test_the_mask_includes_what_moves_the_process(fitted):
     cells, model = fitted
     seen = comparable(cells)
-    y = seen.X @ readout(model, cells, PROCESS)
+    learn = np.ones(cells.n_obs, bool)
+    y = seen.X @ readout(model, cells, PROCESS, seen, learn)
     made = {g: list(cells.var_names).index(g) for g in ("DRIVER", "F0")}
-    mask = updated_mask([], seen, y, made, np.ones(len(y), bool), alpha=1e-6)
+    mask = updated_mask([], seen, y, made, learn, alpha=1e-6)
     assert mask == [made["DRIVER"]]
 
 
@@ -131,7 +132,7 @@ def test_from_a_shell(fitted, tmp_path):
     (tmp_path/"process.txt").write_text("\n".join(PROCESS))
     words = ["discover", "genes", str(tmp_path/"model"), str(tmp_path/"cells.h5ad"), "--out", str(tmp_path/"needed.html")]
     done = CliRunner().invoke(app, [*words, "--process", str(tmp_path/"process.txt")])
-    assert done.exit_code == 0 and "Needed: DRIVER" in done.output, done.output
+    assert done.exit_code == 0 and "needed: DRIVER" in done.output, done.output
     assert pd.read_csv(tmp_path/"needed.csv").gene[0] == "DRIVER" and "<svg" in (tmp_path/"needed.html").read_text()
     wrong = CliRunner().invoke(app, words)
     assert isinstance(wrong.exception, ValueError) and "--process" in str(wrong.exception)
