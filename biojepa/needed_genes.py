@@ -111,7 +111,7 @@ def readout(
         if not isinstance(process, pd.Series): process = pd.Series(1.0, list(dict.fromkeys(process)))
         bad = process.index[~np.isfinite(process.astype(float))]
         if len(bad): raise BadProcess(f"the weight of gene {bad[0]!r} is not a number")
-        weights = process.astype(float).reindex(genes).fillna(0).to_numpy()
+        weights = process.reindex(genes).fillna(0).to_numpy(float)
         if not weights.any():
             raise BadProcess(
                 f"none of the {len(process)} genes of the process is among the model's "
@@ -179,8 +179,7 @@ def conditional_loss(
     X: np.ndarray, # [N, K] inputs of the mask
     y: np.ndarray, # [N] the process
     learn: np.ndarray, # [N] bool: cells from which the weights come; the others check
-    level: float = 0.9, # of the interval
-) -> pd.DataFrame: # a row per input: necessity, low, high (shares of variance), p_cells, weight
+) -> pd.DataFrame: # a row per input: necessity, low, high of 90 % (shares of variance), p_cells, weight
     "What the loss on held-out cells gains when an input is conditionally permuted."
     own, mine = X[learn] - X[learn].mean(0), y[learn] - y[learn].mean()
     weight = np.linalg.lstsq(own, mine, rcond=None)[0]
@@ -191,7 +190,7 @@ def conditional_loss(
     product = ((mine - own @ fit)[:, None] + rest * fit) * rest      # [n, K]
     z = np.sign(weight) * product.sum(0) / np.sqrt((product**2).sum(0))
     gain = 2 * weight * ((mine - own @ weight)[:, None] + rest * weight) * rest / mine.var()
-    reach = norm.ppf((1 + level) / 2) * gain.std(0) / np.sqrt(len(mine))
+    reach = norm.ppf(0.95) * gain.std(0) / np.sqrt(len(mine))
     mean = gain.mean(0)
     return pd.DataFrame(
         dict(necessity=mean, low=mean - reach, high=mean + reach, p_cells=norm.sf(z), weight=weight)
@@ -240,13 +239,11 @@ def verdicts(
 def _in_cells(screen, y, weights, inputs, made, learn):
     "`conditional_loss` of the mask's inputs, and of perturbed genes of the process, beyond the mask."
     mask = learned_mask(screen.X[learn], y[learn], inputs, max(1, int(learn.sum() / 20)))
-    open_ = {n: j for n, j in made.items() if j in set(inputs)}
-    mask = updated_mask(mask, screen, y, open_, learn)
-    extra = [j for j in made.values() if weights[j] != 0]
+    mask = updated_mask(mask, screen, y, {n: j for n, j in made.items() if j in inputs}, learn)
     rows = conditional_loss(screen.X[:, mask], y, learn)
     rows.index = mask
-    for j in extra:                                                  # the process without this gene
-        rest = y - weights[j] * screen.X[:, j]
+    for j in [j for j in made.values() if weights[j] != 0]:
+        rest = y - weights[j] * screen.X[:, j]                       # the process without this gene
         rows.loc[j] = conditional_loss(screen.X[:, [*mask, j]], rest, learn).iloc[-1]
     return rows
 
@@ -370,9 +367,9 @@ def _answer(rows, reason, alpha):
     columns = "gene necessity low high effect q verdict evidence annotated support".split()
     table = table[columns].reset_index(drop=True)
     if not reason and not table.verdict.isin([NEEDED, MOVES]).any():
-        more = int((table.verdict == INFORMATIVE).sum())
-        reason = f"no gene is needed at a false discovery rate of {alpha:g}"
-        if more: reason += f"; {more} that were never perturbed are informative: perturb them"
+        more = (table.verdict == INFORMATIVE).sum()
+        more = f"; {more} that were never perturbed are informative: perturb them" if more else ""
+        reason = f"no gene is needed at a false discovery rate of {alpha:g}{more}"
     return NeededGenes(table, reason)
 
 # %% ../nbs/74_needed_genes.ipynb #c048
@@ -391,8 +388,7 @@ def plot(self: NeededGenes,
     )
     left.barh(y, rows.necessity.fillna(0), color=colour)
     left.hlines(y, rows.low, rows.high, color="0.3", lw=1)
-    star = np.where(rows.annotated, "", " *")
-    left.set_yticks(y, [f"{g}{s}".replace("$", r"\$") for g, s in zip(rows.gene, star)])
+    left.set_yticks(y, rows.gene.str.replace("$", r"\$") + np.where(rows.annotated, "", " *"))
     left.set_xlabel("necessity, share of variance (* not annotated)")
     right.scatter(rows.effect, y, c=colour)
     right.axvline(0, color="0.5", lw=0.8)
