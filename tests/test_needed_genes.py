@@ -49,7 +49,7 @@ def test_what_was_never_perturbed_is_at_most_informative(fitted):
     cells, model = fitted
     rest = cells[~cells.obs.perturbation.isin(["DRIVER", "TWIN"])].copy()
     answer = bj.needed_genes(model, rest, PROCESS)
-    assert answer.abstains and "perturb" in answer.reason
+    assert answer.abstains and "informative" in answer.reason
     assert answer.table.set_index("gene").verdict["DRIVER"] == INFORMATIVE
 
 
@@ -110,7 +110,8 @@ def test_the_median_gene_stays_where_it_was(fitted):
     cells, _ = fitted
     X, error = rescaled(cells)
     at, control = ((cells.obs.perturbation == n).to_numpy() for n in ("DRIVER", "control"))
-    assert np.isclose(np.median(np.expm1(X[at]).mean(0) / np.expm1(X[control]).mean(0)), 1) and (error > 0).all()
+    moved = np.log(np.expm1(X[at]).mean(0) / np.expm1(X[control]).mean(0))
+    assert abs(np.median(moved)) < 0.05 and (error > 0).all()
 
 
 def test_the_mask_includes_what_moves_the_process(fitted):
