@@ -9,7 +9,6 @@ __all__ = ['MORE', 'LESS', 'LEAD', 'ALIKE', 'interaction_of', 'Calibration', 'ca
 # %% ../nbs/72_combinations.ipynb #c003
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,7 +20,7 @@ from scipy.stats import false_discovery_control, norm
 from .patching import document, patch
 from .cells import join_parts, parts
 from .effects import effects
-from .planning import write_page
+from .results import Result
 
 # %% ../nbs/72_combinations.ipynb #c008
 def interaction_of(
@@ -126,30 +125,28 @@ def kind_of(
     return "suppression" if magnitude < LESS else "mixed"
 
 # %% ../nbs/72_combinations.ipynb #c019
-class Combinations:
+class Combinations(Result):
     "Interactions of pairs: `.table`, `.abstains` and `.reason`, `.plot()`, `.to_html(path)`."
+    title = "Which pairs interact?"
+    note = (
+        "interaction: expected length of what the pair does beyond the sum of its parts, log1p of "
+        "counts per 10,000. low and high: 90 % interval. q: false discovery rate. support: nearness "
+        "to training."
+    )
+
     def __init__(self,
         # perturbation, interaction, low, high, class, q, support; largest first
         table: pd.DataFrame,
         calibration, # a Calibration, or None
         reason: str = "", # why nothing is claimed; empty: something is
     ):
-        self.table = table
+        super().__init__(table, reason)
         self.calibration = calibration
-        self.reason = reason
 
-    @property
-    def abstains(self): return bool(self.reason)
-
-    def __repr__(self):
-        head = (
-            f"no interaction: {self.reason}"
-            if self.abstains
-            else (
-                f"{(self.table['class'] != 'additive').sum()} of {len(self.table)} pairs interact"
-            )
-        )
-        return f"{head}\n{self.table.head(10).round(3).to_string(index=False)}"
+    def headline(self) -> str:
+        "How many pairs interact, or why none is claimed."
+        if self.abstains: return f"No interaction: {self.reason}"
+        return f"{(self.table['class'] != 'additive').sum()} of {len(self.table)} pairs interact"
 
 # %% ../nbs/72_combinations.ipynb #c020
 def _predicted(model, cells, pairs, cell_type):
@@ -249,22 +246,5 @@ def plot(self: Combinations,
     if self.abstains: ax.set_title(f"no interaction: {self.reason}", color="tab:red", fontsize=9)
     return figure
 
-# %% ../nbs/72_combinations.ipynb #c026
-@patch
-def to_html(self: Combinations,
-    path, # the file to write
-) -> Path:
-    "The pairs as a page."
-    found = (self.table["class"] != "additive").sum()
-    head = f"{found} of {len(self.table)} pairs interact"
-    if self.abstains: head = f"No interaction: {self.reason}"
-    note = (
-        "interaction: expected length of what the pair does beyond the sum of its parts, log1p of "
-        "counts per 10,000. low and high: 90 % interval. q: false discovery rate. support: nearness "
-        "to training."
-    )
-    return write_page(path, "Which pairs interact?", head, self.plot(), note, self.table)
-
-
-# %% ../nbs/72_combinations.ipynb #c034
+# %% ../nbs/72_combinations.ipynb #c033
 document(globals())
