@@ -13,6 +13,7 @@ _API = {
     "split": "splits", "folds": "splits",
     "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",
     "plan": "planning", "signature": "planning", "combine": "combinations",
+    "safety": "safety", "Head": "heads", "held_out_effects": "heads",
     "to_cell_eval": "evaluator_files",
 }
 __all__ = list(_API)

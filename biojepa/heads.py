@@ -68,14 +68,17 @@ def _checked(table):
     raise BadHead(f"the effects on gene {gene!r} are not all numbers; leave the gene out")
 
 # %% ../nbs/71_heads.ipynb #c011
-CONCERN, CLEAR, OPEN = ("concern", "no concern seen", "cannot tell")
+CONCERN = "concern"
+CLEAR = "no concern seen"
+OPEN = "cannot tell"
 
 def p_values(
     score: np.ndarray, # [n] of new perturbations, harm upwards
     harmless: np.ndarray, # scores of harmless perturbations
     harmful: np.ndarray, # scores of harmful perturbations
 ) -> tuple[np.ndarray, np.ndarray]: # [n] that it is harmless, [n] that it is harmful
-    "Conformal p-values of both classes; 1 where a class has no example."
+    "Conformal p-values of both classes; 1 for both where a class has no example."
+    if not (len(harmless) and len(harmful)): return np.ones(len(score)), np.ones(len(score))
     score = np.asarray(score, float)[:, None]
     above = (np.asarray(harmless)[None, :] >= score).sum(1)
     below = (np.asarray(harmful)[None, :] <= score).sum(1)
@@ -126,8 +129,17 @@ def read(self: Readout,
     "What will be measured; for classes the probability of harm."
     scores = np.asarray(scores, float)
     if self.classes: return _venn_abers(scores, self.scores.to_numpy(), self.labels.to_numpy())
-    low, high = conformal_ends(self.labels - self.scores, alpha)
-    return scores, scores + low, scores + high
+    slope, level = _line(self.scores.to_numpy(), self.labels.to_numpy())
+    value = level + slope * scores
+    low, high = conformal_ends(self.labels - level - slope * self.scores, alpha)
+    return value, value + low, value + high
+
+def _line(scores, labels):
+    "Slope, zero at least, and level of the measured values over the scores."
+    if not len(scores): return 1.0, 0.0
+    x = scores - scores.mean()
+    slope = max(x @ labels / max(x @ x, 1e-12), 0.0)
+    return slope, labels.mean() - slope * scores.mean()
 
 def conformal_ends(
     miss: np.ndarray, # [n] measured minus predicted, of blind predictions
@@ -185,6 +197,7 @@ def read_labels(
     labels = pd.Series(labels).dropna()
     if labels.index.has_duplicates:
         raise BadHead(f"{labels.index[labels.index.duplicated()][0]!r} has two labels; keep one")
+    if labels.empty: raise BadHead("there is no label; give perturbation -> number or class")
     kinds = sorted(set(labels), key=str)
     numbers = pd.to_numeric(labels, errors="coerce").astype(float)
     if numbers.isna().any() or set(numbers) <= {0, 1}: return _read_classes(labels, kinds, harm)
@@ -245,7 +258,7 @@ def _estimator(x, y, classes):
     if not classes: return RidgeCV(alphas=len(x) * np.logspace(-4, 1, 11)).fit(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        choice = dict(Cs=np.logspace(-3, 2, 6), cv=3, scoring="neg_log_loss", max_iter=500)
+        choice = dict(Cs=np.logspace(-3, 1, 5), cv=3, scoring="neg_log_loss", max_iter=300)
         return LogisticRegressionCV(**choice).fit(x, y > 0.5)
 
 @patch
