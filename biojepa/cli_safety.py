@@ -25,10 +25,13 @@ def read_label_file(
     import pandas as pd
     with naming(path): table = pd.read_csv(path, sep=None, engine="python")
     there = ", ".join(map(str, table.columns))
-    if "perturbation" not in table: raise ValueError(f"{path} has no column perturbation; it has {there}")
+    if "perturbation" not in table:
+        raise ValueError(f"{path} has no column perturbation; it has {there}")
     keys = [k for k in ("perturbation", "cell_type") if k in table]
     rest = [c for c in table.columns if c not in keys]
-    if len(rest) != 1: raise ValueError(f"{path} needs one column of labels beside {', '.join(keys)}; it has {there}")
+    if len(rest) != 1:
+        known = ", ".join(keys)
+        raise ValueError(f"{path} needs one column of labels beside {known}; it has {there}")
     labels = table.astype(dict.fromkeys(keys, str)).set_index(keys)[rest[0]]
     return labels if len(keys) > 1 else labels.rename_axis(None)
 
@@ -42,7 +45,8 @@ def read_heads(
     heads = {}
     for text in files or []:
         name, _, path = text.partition("=")
-        if not path: raise ValueError(f"--labels {text}: write NAME=FILE, such as viability=screen.csv")
+        if not path:
+            raise ValueError(f"--labels {text}: write NAME=FILE, such as viability=screen.csv")
         measured = effect_table(held_out_effects(model), "observed")
         with naming(path): heads[name] = Head.fit(measured, read_label_file(path), harm)
     return heads
@@ -54,11 +58,11 @@ def safety_command(
     cells: Path = CELLS,
     names: Optional[List[str]] = typer.Argument(None, help="Candidates: names of perturbations."),
     candidates: Optional[Path] = typer.Option(None, help="The names in a file, one a line."),
-    cell_type: Optional[List[str]] = typer.Option(None, help="A cell type; may be repeated; else all."),
+    cell_type: Optional[List[str]] = typer.Option(None, help="A type; may be repeated; else all."),
     programmes: Optional[Path] = typer.Option(None, help="Gene sets whose rise is harm, GMT."),
-    labels: Optional[List[str]] = typer.Option(None, help="NAME=FILE, csv of labels; may be repeated."),
-    harm: str = typer.Option("high", help="Which labels are harm: high, low, or the name of a class."),
-    target: Optional[str] = typer.Option(None, help="Cell type to hit: selectivity against the rest."),
+    labels: Optional[List[str]] = typer.Option(None, help="NAME=FILE of labels, csv; repeatable."),
+    harm: str = typer.Option("high", help="Harmful labels: high, low, or the name of a class."),
+    target: Optional[str] = typer.Option(None, help="Cell type to hit, against the rest."),
     wanted: Optional[str] = typer.Option(None, help="Readout that is wanted in the target."),
     alpha: float = typer.Option(0.1, help="Error allowed for each verdict, 0 to 1."),
     out: Path = typer.Option(Path("safety.html"), help="The page; the table is written beside it."),
