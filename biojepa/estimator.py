@@ -19,7 +19,7 @@ from anndata import AnnData
 from . import __version__
 from .cells import BadCells, CONTROL, MODES, add_mode, check, dense, gene_hash, parts
 from .patching import document, patch
-from .effects import control_means
+from .effects import control_means, effects
 from .splits import Split, check_split
 from .gene_sets import BadGeneSets, describe_start, read_gene_sets, sets_hash
 from .signatures import is_signature
@@ -111,7 +111,8 @@ def fit(cls: BioJEPA,
     yes: bool = False, # begin even what will take very many CPU-days
     device: str | None = None, # 'cpu', 'cuda', 'mps'; None takes the best at hand
     progress: bool = True, # bars, and a line that says what answers
-    network: bool = True, # False: the closed form alone
+    # train the network too; None: for the seed's presets, and where one of its options is given
+    network: bool | None = None,
     closed_form: bool = True, # False: the network alone
     model: dict | None = None, # fields of ModelConfig
     pretraining: dict | None = None, # fields of PretrainConfig; {'steps': 0} skips the stage
@@ -119,15 +120,20 @@ def fit(cls: BioJEPA,
     decoding: dict | None = None, # fields of DecoderConfig, the seed's presets; 0 steps: closed form
     closed_form_options: dict | None = None, # arguments of ClosedForm
     gene_sets=None, # GMT file or dict, name -> genes: what the pathways of v0_2 and v0_1 begin from
+    # 'refuse': no condition whose controls are of another batch or time (see `effects`)
+    fallback: str = "warn",
     **former, # `floor`, the former name of closed_form
 ): # BioJEPA
-    """Both stages and the closed form. Signatures give a SignatureModel.
+    """The closed form, and both stages of the network where it is asked for. Signatures give a
+    SignatureModel.
 
     Raises BadCells or Leak before anything is written, and ValueError for a folder of another
     run and for what would take very many CPU-days."""
     floor = _former(former)
     sets = None if gene_sets is None else read_gene_sets(gene_sets)
     if not is_signature(cells):
+        _controls_match(cells, fallback)
+        if network is None: network = _asks_network(preset, size, epochs, model, pretraining, training)
         stages = dict(pretraining=pretraining, training=training, decoding=decoding)
         plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets)
         how = dict(preset=preset, seed=seed, network=network)
@@ -135,7 +141,7 @@ def fit(cls: BioJEPA,
         how |= dict(closed_form=closed, closed_form_options=closed_form_options or {})
         return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
     _only_cells(sets, size, epochs)
-    own = dict(preset=preset, network=network, device=device, progress=progress, training=training)
+    own = dict(preset=preset, network=network is not False, device=device, progress=progress, training=training)
     return SignatureModel.fit(cells, split, features, seed, out, **own)
 
 # %% ../nbs/59_estimator.ipynb #c015
@@ -188,6 +194,16 @@ def _announce(self: BioJEPA, seen, stages, yes, device, progress):
     cost = estimate(self, seen, stages, pick_device(device))
     approve(cost, yes)
     if progress: print(f"This fit will take {cost}.")
+
+def _asks_network(preset, size, *options):
+    "Does a fit that does not say `network=` mean to train one?"
+    return preset != "base" or size != "small" or any(o not in (None, {}) for o in options)
+
+def _controls_match(cells, fallback):
+    "With 'refuse': BadCells where a condition is compared with controls of another kind."
+    if fallback not in ("warn", "refuse"):
+        raise ValueError(f"fallback={fallback!r} is neither 'warn' nor 'refuse'")
+    if fallback == "refuse": effects(cells, fallback=fallback)
 
 def _only_cells(sets, size, epochs):
     "Refuse for signatures what only a model of cells has."

@@ -626,8 +626,6 @@ def test_splits_of_a_real_screen_judge_every_single_once(screen):
         and len(splits) == 6
         and all("+" in n for n in splits[5].test)
     )
-    assert budget(5)["base"]["training"]["steps"] < budget(1)["base"]["training"]["steps"]
-    assert set(budget(1)) == {"base"} and set(budget(1, v0_3=True)) == {"base", "v0_3"}
 
 
 @few
