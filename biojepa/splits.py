@@ -99,6 +99,11 @@ def _group(name, seen):
     return f"pair_seen{2 if all(known) else int(any(known))}"
 
 # %% ../nbs/14_splits.ipynb #c021
+def _unseen(split):
+    "The group of single targets that a split made by hand holds out."
+    held = [*split.val * (not split.val_contexts), *split.test * (not split.test_contexts)]
+    return {n: "unseen_gene" for n in held if len(parts(n)) == 1}
+
 def _check_names(split):
     """Raise Leak when a name is in two parts, or when training has seen more of a held-out name
     than its group allows."""
@@ -109,7 +114,7 @@ def _check_names(split):
     twice = sorted(set(split.val_contexts) & set(split.test_contexts))
     if twice: raise Leak(f"cell type {twice[0]!r} is held out for val and for test")
     trained = {g: n for n in split.train for g in parts(n)}
-    for name, group in split.groups.items():
+    for name, group in (_unseen(split) | split.groups).items():
         if group == "unseen_context": continue
         hidden = {g: trained[g] for g in parts(name) if g in trained}
         if len(parts(name)) == 1 and hidden:
