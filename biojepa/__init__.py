@@ -12,7 +12,9 @@ _API = {
     "dataset": "catalog", "datasets": "catalog", "concat": "concat",
     "split": "splits", "folds": "splits",
     "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",
-    "plan": "planning", "signature": "planning", "combine": "combinations",
+    "plan": "planning", "signature": "goals", "sets_goal": "goals", "latent_distance": "goals",
+    "combine": "combinations",
+    "pathway_edges": "pathway_edges",
     "to_cell_eval": "evaluator_files",
 }
 __all__ = list(_API)

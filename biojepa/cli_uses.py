@@ -59,7 +59,7 @@ def goal_of(
     down=(), # genes that should go down
 ): # what `plan` takes as its goal
     "The one goal that was given. Raises ValueError for none and for several."
-    from biojepa.planning import signature
+    from biojepa.goals import signature
     given = [file is not None, to is not None, bool(up or down)]
     if sum(given) != 1:
         raise ValueError("name one goal: --goal FILE, --to column=value, or --up and --down genes")

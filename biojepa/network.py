@@ -25,6 +25,8 @@ class Recipe:
     tail: float = 1.4                # Pareto exponent of out-degrees; below 2 there are hubs
     module_size: int = 25            # genes in a module, on average
     own_module: float = 8.0          # odds of a target in the regulator's own module
+    arrows: tuple = ()               # (source module, target module, sign): a module drives another
+    elsewhere: float = 1.0           # odds of a target in any other module
     # sd of log odds with which a module prefers some targets: its members act alike, as those of a
     # complex do
     preference: float = 2.0
@@ -71,6 +73,16 @@ def _degrees(n_genes, n, recipe, rng):
     degree = np.minimum(drawn, max(1, n_genes // 4))
     return degree[np.argsort(-recipe.hubs_on_top * np.log(degree) + rng.normal(size=n))]
 
+def _between(modules, sign, recipe):
+    "Odds [M, G] with which modules target the genes of each, and signs with those of arrows."
+    M = len(sign)
+    odds = np.where(np.eye(M, dtype=bool), recipe.own_module, recipe.elsewhere)
+    sign = sign.copy()
+    for source, target, which in recipe.arrows:
+        odds[source, target] = recipe.own_module
+        sign[source, modules == target] = which
+    return odds[:, modules], sign
+
 def _edges(n_genes, modules, regulators, recipe, rng):
     "Weights [G, R]; regulators stand in the order of the hierarchy."
     R = len(regulators)
@@ -79,10 +91,10 @@ def _edges(n_genes, modules, regulators, recipe, rng):
     degree = _degrees(n_genes, R, recipe, rng)
     preference = np.exp(recipe.preference * rng.normal(size=(modules.max() + 1, n_genes)))
     sign = np.where(rng.random(preference.shape) < recipe.activating, 1, -1)
+    odds_of, sign = _between(modules, sign, recipe)
     weights = np.zeros((n_genes, R))
     for j, (r, k) in enumerate(zip(regulators, degree)):
-        near = np.where(modules == modules[r], recipe.own_module, 1.0)
-        odds = preference[modules[r]] * near * np.where(rank < j, recipe.backward, 1.0)
+        odds = preference[modules[r]] * odds_of[modules[r]] * np.where(rank < j, recipe.backward, 1.0)
         odds[r] = 0
         hit = rng.choice(n_genes, k, replace=False, p=odds / odds.sum())
         size = recipe.weight * rng.gamma(2, 0.5, k) * sign[modules[r], hit]

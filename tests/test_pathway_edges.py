@@ -1,0 +1,66 @@
+"Arrows between gene sets: planted wires are found with their sign, worlds without wires have none, shared genes do not count."
+import numpy as np
+import pandas as pd
+import pytest
+
+import biojepa as bj
+from biojepa.gene_sets import BadGeneSets
+from biojepa.network import Recipe
+from biojepa.pathway_edges import beyond_mean, membership, set_scores
+from biojepa.simulator import network_of
+
+WIRES = ((0, 1, 1), (0, 2, 1), (3, 4, -1), (4, 5, 1), (6, 5, -1), (2, 7, 1), (6, 3, 1))
+
+
+def world(seed, recipe, n=100):
+    raw = bj.simulate(n_genes=n, n_perturbations=n // 2, cells_per_perturbation=25, recipe=recipe, seed=seed)
+    cells = bj.prepare(raw, n_genes=n)
+    fold = bj.split(cells, "unseen_gene", seed=0)
+    model = bj.BioJEPA.fit(cells, fold, features=bj.simulated_features(cells), network=False, progress=False)
+    module = network_of(cells).modules
+    sets = {f"M{k}": [g for g in cells.var_names if module[int(g[4:])] == k] for k in sorted(set(module))}
+    return cells, model, sets
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return world(1, Recipe(module_size=25, arrows=WIRES, elsewhere=0.02, preference=0.5), n=200)
+
+
+def test_arrows_agree_with_what_the_network_does(planted):
+    cells, model, sets = planted
+    answer = bj.pathway_edges(model, cells, sets)
+    own = membership(sets, cells.var_names)
+    truth, _ = set_scores(beyond_mean(-bj.true_effects(cells, list(cells.var_names))), own, own)
+    truth = pd.DataFrame(truth, list(sets), list(sets))
+    assert not answer.abstains
+    for r in answer.arrows.itertuples(): assert r.sign == np.sign(truth.loc[r.source, r.target])
+
+
+def test_no_wires_no_arrows():
+    bare = Recipe(module_size=12, weight=1e-6, stress=0.0)
+    found = [not bj.pathway_edges(m, c, s).abstains for c, m, s in (world(seed, bare) for seed in range(6))]
+    assert sum(found) <= 2
+
+
+def test_a_shared_gene_is_left_out():
+    change = np.zeros((4, 4))
+    change[1, 2] = 5.0                      # gene 1 moves gene 2, and both belong to both sets
+    sets = membership({"A": [0, 1, 2], "B": [1, 2, 3]}, range(4))
+    score, _ = set_scores(change, sets, sets, np.stack([np.arange(4)] * 2, 1))
+    assert score[0, 1] == 0
+
+
+def test_sets_of_one_gene_are_gene_edges(planted):
+    cells, model, _ = planted
+    answer = bj.pathway_edges(model, cells, {g: [g] for g in cells.var_names})
+    assert len(answer.table) == 200 * 199 and answer.table.notna().all().all()
+
+
+@pytest.mark.parametrize("sets, word", [
+    ({"A": ["GENE1"]}, "1 gene sets"), ({"A": ["NOBODY"], "B": ["NONE"]}, "NOBODY"),
+    ({"A": ["GENE1"], "B": ["GENE1"]}, "shared"),
+])
+def test_what_cannot_be_asked_is_named(planted, sets, word):
+    cells, model, _ = planted
+    with pytest.raises(BadGeneSets, match=word): bj.pathway_edges(model, cells, sets)
