@@ -40,7 +40,7 @@ from .fitted import BioJEPA
 from . import latents # gives BioJEPA `encode`
 from .asked import OutsideTraining, targets_of
 from .run import FitRun, cells_hash, features_hash
-from .schedule import approve, estimate, schedule
+from .schedule import approve, asks_network, estimate, schedule
 
 # %% ../nbs/59_estimator.ipynb #c009
 def _fit_table(features, split, whiten=True):
@@ -88,11 +88,11 @@ def _settings(cells, split, table, config, device, stages, **options):
         modes=list(MODES),
     )
 
-def _former(former):
-    """`floor=`, the former name of `closed_form=`, or None."""
+def _former(former, closed_form):
+    """`closed_form=`, or what was given as `floor=`, its former name."""
     odd = sorted(set(former) - {"floor"})
     if odd: raise TypeError(f"fit has no argument {odd[0]!r}; `help(BioJEPA.fit)` names them all")
-    if not former: return None
+    if not former: return closed_form
     warnings.warn("floor= is now called closed_form=", FutureWarning, stacklevel=3)
     return former["floor"]
 
@@ -111,8 +111,7 @@ def fit(cls: BioJEPA,
     yes: bool = False, # begin even what will take very many CPU-days
     device: str | None = None, # 'cpu', 'cuda', 'mps'; None takes the best at hand
     progress: bool = True, # bars, and a line that says what answers
-    # train the network too; None: for the seed's presets, and where one of its options is given
-    network: bool | None = None,
+    network: bool | None = None, # train it; None: for the seed's presets, and with options of it
     closed_form: bool = True, # False: the network alone
     model: dict | None = None, # fields of ModelConfig
     pretraining: dict | None = None, # fields of PretrainConfig; {'steps': 0} skips the stage
@@ -120,29 +119,25 @@ def fit(cls: BioJEPA,
     decoding: dict | None = None, # fields of DecoderConfig, the seed's presets; 0 steps: closed form
     closed_form_options: dict | None = None, # arguments of ClosedForm
     gene_sets=None, # GMT file or dict, name -> genes: what the pathways of v0_2 and v0_1 begin from
-    # 'refuse': no condition whose controls are of another batch or time (see `effects`)
-    fallback: str = "warn",
+    fallback: str = "warn", # or 'refuse' conditions without controls of their own kind (`effects`)
     **former, # `floor`, the former name of closed_form
 ): # BioJEPA
-    """The closed form, and both stages of the network where it is asked for. Signatures give a
-    SignatureModel.
+    """The closed form, and the network where it is asked for. Signatures give a SignatureModel.
 
-    Raises BadCells or Leak before anything is written, and ValueError for a folder of another
-    run and for what would take very many CPU-days."""
-    floor = _former(former)
+    Raises BadCells, Leak, and ValueError for a folder of another run or for a year of training."""
+    closed_form = _former(former, closed_form)
     sets = None if gene_sets is None else read_gene_sets(gene_sets)
-    if not is_signature(cells):
-        _controls_match(cells, fallback)
-        if network is None: network = _asks_network(preset, size, epochs, model, pretraining, training)
-        stages = dict(pretraining=pretraining, training=training, decoding=decoding)
-        plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets)
-        how = dict(preset=preset, seed=seed, network=network)
-        closed = closed_form if floor is None else floor
-        how |= dict(closed_form=closed, closed_form_options=closed_form_options or {})
-        return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
-    _only_cells(sets, size, epochs)
-    own = dict(preset=preset, network=network is not False, device=device, progress=progress, training=training)
-    return SignatureModel.fit(cells, split, features, seed, out, **own)
+    if is_signature(cells):
+        _only_cells(sets, size, epochs)
+        own = dict(preset=preset, network=network is not False, device=device, progress=progress)
+        return SignatureModel.fit(cells, split, features, seed, out, training=training, **own)
+    if fallback != "warn": effects(cells, fallback=fallback)
+    if network is None: network = asks_network(preset, size, epochs, model, pretraining, training)
+    stages = dict(pretraining=pretraining, training=training, decoding=decoding)
+    plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets)
+    how = dict(preset=preset, seed=seed, network=network, closed_form=closed_form)
+    how["closed_form_options"] = closed_form_options or {}
+    return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
 
 # %% ../nbs/59_estimator.ipynb #c015
 @patch(cls_method=True)
@@ -194,16 +189,6 @@ def _announce(self: BioJEPA, seen, stages, yes, device, progress):
     cost = estimate(self, seen, stages, pick_device(device))
     approve(cost, yes)
     if progress: print(f"This fit will take {cost}.")
-
-def _asks_network(preset, size, *options):
-    "Does a fit that does not say `network=` mean to train one?"
-    return preset != "base" or size != "small" or any(o not in (None, {}) for o in options)
-
-def _controls_match(cells, fallback):
-    "With 'refuse': BadCells where a condition is compared with controls of another kind."
-    if fallback not in ("warn", "refuse"):
-        raise ValueError(f"fallback={fallback!r} is neither 'warn' nor 'refuse'")
-    if fallback == "refuse": effects(cells, fallback=fallback)
 
 def _only_cells(sets, size, epochs):
     "Refuse for signatures what only a model of cells has."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'EPOCHS', 'OPTIONS', 'TEACHER', 'TOGETHER', 'MOST_CPU_DAYS', 'as_epochs', 'schedule', 'cells_per_step',
-           'Cost', 'measure', 'estimate', 'approve']
+           'asks_network', 'Cost', 'measure', 'estimate', 'approve']
 
 # %% ../nbs/58_schedule.ipynb #c003
 import time, warnings
@@ -95,6 +95,15 @@ def cells_per_step(
     "How many cells of an epoch one step shows."
     if not isinstance(config, TrainConfig): return config.batch
     return config.sets * (config.cells if preset == "base" else 1)
+
+# %% ../nbs/58_schedule.ipynb #x2
+def asks_network(
+    preset: str, # 'base' or one of the seed's
+    size: str, # 'small' or 'seed'
+    *options, # of the network, each None or {} where it was not given
+) -> bool:
+    "Does a fit that does not say `network=` mean to train one?"
+    return preset != "base" or size != "small" or any(o not in (None, {}) for o in options)
 
 # %% ../nbs/58_schedule.ipynb #c015
 @dataclass

@@ -1145,5 +1145,5 @@ def test_fit_can_refuse_controls_of_another_kind(screen):
         BioJEPA.fit(moved, fold, features=features, **CLOSED)
     with pytest.raises(BadCells, match="add such controls"):
         BioJEPA.fit(moved, fold, features=features, fallback="refuse", **CLOSED)
-    with pytest.raises(ValueError, match="fallback='accept'"):
-        BioJEPA.fit(moved, fold, features=features, fallback="accept", **CLOSED)
+    with pytest.raises(ValueError, match="fallback='no'"):
+        BioJEPA.fit(moved, fold, features=features, fallback="no", **CLOSED)
