@@ -18,6 +18,8 @@ from biojepa.cli_options import (
     app, check_folder, check_outputs, read_features, read_screen, run, save, takes_screen
 )
 from .cli_steps import FEATURES, PROGRESS, SEED, size_of
+import biojepa.cli_discover
+import biojepa.cli_safety
 import biojepa.cli_uses
 
 # %% ../nbs/84_cli.ipynb #c006

@@ -123,7 +123,6 @@ def fit(cls: BioJEPA,
     **former, # `floor`, the former name of closed_form
 ): # BioJEPA
     """The closed form, and the network where it is asked for. Signatures give a SignatureModel.
-
     Raises BadCells, Leak, and ValueError for a folder of another run or for a year of training."""
     closed_form = _former(former, closed_form)
     sets = None if gene_sets is None else read_gene_sets(gene_sets)
@@ -135,8 +134,8 @@ def fit(cls: BioJEPA,
     if network is None: network = asks_network(preset, size, epochs, model, pretraining, training)
     stages = dict(pretraining=pretraining, training=training, decoding=decoding)
     plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets)
-    how = dict(preset=preset, seed=seed, network=network, closed_form=closed_form)
-    how["closed_form_options"] = closed_form_options or {}
+    own = closed_form_options or {}
+    how = dict(preset=preset, seed=seed, network=network, closed_form=closed_form, closed_form_options=own)
     return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
 
 # %% ../nbs/59_estimator.ipynb #c015
