@@ -130,12 +130,11 @@ def fit(cls: BioJEPA,
         _only_cells(sets, size, epochs)
         own = dict(preset=preset, network=network is not False, device=device, progress=progress)
         return SignatureModel.fit(cells, split, features, seed, out, training=training, **own)
-    if fallback != "warn": effects(cells, fallback=fallback)
     if network is None: network = asks_network(preset, size, epochs, model, pretraining, training)
     stages = dict(pretraining=pretraining, training=training, decoding=decoding)
-    plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets)
-    own = closed_form_options or {}
-    how = dict(preset=preset, seed=seed, network=network, closed_form=closed_form, closed_form_options=own)
+    plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets, fallback=fallback)
+    how = dict(preset=preset, seed=seed, network=network, closed_form=closed_form)
+    how["closed_form_options"] = closed_form_options or {}
     return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
 
 # %% ../nbs/59_estimator.ipynb #c015
@@ -144,6 +143,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, plan, device, progress
     "`fit` for cells: the closed form first, then the network on what it leaves."
     check(cells)
     check_split(split, cells)
+    if plan["fallback"] != "warn": effects(cells, fallback=plan["fallback"])
     preset, seed = how["preset"], how["seed"]
     size, sets = plan["size"], plan["sets"]
     # without layers: the counts would be copied with every part
@@ -153,8 +153,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, plan, device, progress
     config, start = _configure(preset, size, cells, split, table, sets, plan["model"])
     n_treated = int((seen.obs.perturbation != CONTROL).sum())
     stages = schedule(size, preset, seen.n_obs, n_treated, plan["epochs"], **plan["stages"])
-    how["gene_sets"] = sets_hash(sets)
-    settings = _settings(cells, split, table, config, device, stages, **how)
+    settings = _settings(cells, split, table, config, device, stages, gene_sets=sets_hash(sets), **how)
     self = cls(build(config, seed), cells.var_names)
     if sets: self.model.set_pathways(start)
     if sets and progress: print(describe_start(start, len(sets)))
