@@ -12,7 +12,10 @@ _API = {
     "dataset": "catalog", "datasets": "catalog", "concat": "concat",
     "split": "splits", "folds": "splits",
     "BioJEPA": "estimator", "scorecard": "scorecard", "plot_effect": "plots",
-    "plan": "planning", "signature": "planning", "combine": "combinations",
+    "plan": "planning", "signature": "goals", "sets_goal": "goals", "latent_distance": "goals",
+    "plan_steps": "plan_steps",
+    "combine": "combinations",
+    "safety": "safety", "Head": "heads", "held_out_effects": "heads",
     "pathway_edges": "pathway_edges",
     "to_cell_eval": "evaluator_files",
 }
