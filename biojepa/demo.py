@@ -166,7 +166,7 @@ def who_answers(
         f"with a share of {min(open_):.2f} to {max(open_):.2f}"
     )
 
-# %% ../nbs/81_demo.ipynb #x2
+# %% ../nbs/81_demo.ipynb #c025
 def plan_back(
     cells, # prepared cells
     split, # a Split
@@ -198,9 +198,9 @@ def describe_plans(
     found = list(places(plans).values())
     text = f"which of {n} targets leads to the state of a held-out one: {len(found)} of {len(plans)} goals answered"
     if not found: return text
-    return f"{text}, the right target at place {np.median(found):.0f} in the median (by chance {(n + 1) / 2:.0f})"
+    return f"{text}, the right target at place {np.median(found):.0f} in the median (by chance {(n + 1) / 2:g})"
 
-# %% ../nbs/81_demo.ipynb #c024
+# %% ../nbs/81_demo.ipynb #c027
 def run_demo(
     cells, # prepared cells
     features, # whatever `as_table` takes, or None
@@ -243,7 +243,7 @@ def _parameters(model):
     parts_ = (model.student, model.predictor)
     return sum(p.numel() for part in parts_ for p in part.parameters())
 
-# %% ../nbs/81_demo.ipynb #c027
+# %% ../nbs/81_demo.ipynb #c030
 def perfect_scores(
     cells, # simulated, prepared
     splits: list, # Splits
@@ -257,7 +257,7 @@ def perfect_scores(
         out |= {g: round(float(v), 3) for g, v in zip(table.split, table.value)}
     return out
 
-# %% ../nbs/81_demo.ipynb #c030
+# %% ../nbs/81_demo.ipynb #c033
 def name_rows(
     table, # DataFrame with `model` as a level of its index or as its index
     facts: dict, # of `run_demo`: settings, parameters
@@ -271,7 +271,7 @@ def name_rows(
         names[model] = f"{model} ({facts['parameters'][model]:,} parameters, {steps} steps)"
     return table.rename(index=names, level="model")
 
-# %% ../nbs/81_demo.ipynb #c033
+# %% ../nbs/81_demo.ipynb #c036
 def strongest(
     predicted, # of `predict_held_out`
 ) -> list: # row names, one per kind of split
@@ -281,14 +281,14 @@ def strongest(
     rows = [np.flatnonzero(kinds == k) for k in dict.fromkeys(kinds)]
     return [predicted.obs_names[r[size[r].argmax()]] for r in rows]
 
-# %% ../nbs/81_demo.ipynb #c035
+# %% ../nbs/81_demo.ipynb #c038
 HEAD = (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width"><title>biojepa: scores</title>'
 )
 FLATTERING = "global|pearson_top20|r2_|shift"  # metrics that compare expression, not change
 
-# %% ../nbs/81_demo.ipynb #c036
+# %% ../nbs/81_demo.ipynb #c039
 def plot_card(
     card, # of `scorecard`
 ): # matplotlib Figure
@@ -296,7 +296,7 @@ def plot_card(
     known = set(card.table.dropna(subset="value").metric)
     return card.plot([m for m in ("pearson_delta", "pearson_pert", "rank") if m in known])
 
-# %% ../nbs/81_demo.ipynb #c038
+# %% ../nbs/81_demo.ipynb #c041
 def write_page(
     path, # html
     card, # of `scorecard`
@@ -330,7 +330,7 @@ from halves of real ones.</p>
         encoding="utf-8",
     )
 
-# %% ../nbs/81_demo.ipynb #c040
+# %% ../nbs/81_demo.ipynb #c043
 RESULTS = (
     "index.html",
     "plan.html",
@@ -373,5 +373,5 @@ def _save_picture(figure, path):
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
-# %% ../nbs/81_demo.ipynb #c043
+# %% ../nbs/81_demo.ipynb #c046
 document(globals())
