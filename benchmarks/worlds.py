@@ -1,12 +1,14 @@
 """The network for new lines: worlds drawn from a wide prior, training, and the judgement that decides whether it is used.
 
     python benchmarks/worlds.py train --folder runs/worlds --steps 20000    # draws worlds, trains, writes the weights; goes on where it stopped
-    python benchmarks/worlds.py judge --folder runs/worlds                  # simulator and Kang; writes benchmarks/worlds.csv, one row per line and method
+    python benchmarks/worlds.py judge --folder runs/worlds                  # simulator, SERGIO and Kang; writes benchmarks/worlds.csv, one row per line and method
 
 Training worlds have seeds from 1,000 on, those that say when to stop 900 to 911, those of the judgement 1 to 5: the simulator's own recipe, which no
-setting was chosen on. One core, nice. Kang needs BIOJEPA_DATA.
+setting was chosen on. One core, nice. Kang needs BIOJEPA_DATA, and the
+other simulator the package sergio_rs.
 """
-import argparse, csv, json, os, time, warnings
+import argparse, csv, os, warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import anndata
@@ -15,12 +17,11 @@ import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 import biojepa as bj
-from biojepa.cells import CONTROL
 from biojepa.closed_form import ClosedForm
 from biojepa.effects import control_means
 from biojepa.featurizers import as_table
 from biojepa.network import Recipe
-from biojepa.new_line_answers import NewLineAnswers, shipped_network
+from biojepa.new_line_answers import gains, opens, regressed_share, shipped_network
 from biojepa.relations import Lines, elsewhere, lines_of, relations
 from biojepa.saved import write_model
 from biojepa.world import WorldNetwork, answers, world_loss
@@ -29,7 +30,7 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("BIOJEPA_DATA", HERE.parent.parent / "shared"))
 WEIGHTS = HERE.parent / "biojepa/weights/world"
 ARRAYS = ("effect", "sem", "mean", "sd", "response", "own")
-STOPPING, JUDGED = range(900, 912), range(1, 6)
+STOPPING, JUDGED, SERGIO = range(900, 912), range(1, 6), range(1, 4)
 MODES = [("CRISPRi",), ("CRISPRko",), ("CRISPRa",), ("CRISPRi", "CRISPRa")]
 
 
@@ -218,12 +219,18 @@ def train(folder, steps=20_000, worlds=320, lr=2e-3, out=WEIGHTS, pool_size=2500
 # judgement
 
 def closed_forms(cells, actions, contexts, table=None):
-    "Answer and standard deviation [S, P, G] of the closed form, each line left out."
-    out = []
-    for c in contexts:
+    """Answer and standard deviation [S, P, G] of the closed form, each line left out; and `inner` [S, S, P, G],
+    its answers where a second line is left out too, from which the gate is judged."""
+    out = {k: np.full((len(contexts), len(actions), cells.n_vars), np.nan) for k in ("closed", "closed_std")}
+    out["inner"] = np.full((len(contexts), len(contexts), len(actions), cells.n_vars), np.nan)
+    number = {a: i for i, a in enumerate(actions)}
+    for h, c in enumerate(contexts):
         form = ClosedForm().fit(cells[(cells.obs.cell_type != c).to_numpy()].copy(), table)
-        out.append(form.predict(actions, [c] * len(actions), control_means(cells, [c])))
-    return [np.stack(v) for v in zip(*out)]
+        out["closed"][h], out["closed_std"][h] = form.predict(actions, [c] * len(actions), control_means(cells, [c]))
+        mean, _, _, _, scale, own, _ = form.left_out
+        guess = mean * np.where(own, scale, scale * form.new_lines.share)
+        for i, row in zip(form.left_out_rows, guess): out["inner"][h, contexts.index(form.contexts[i]), number[form.actions[i]]] = row
+    return out
 
 def judged_world(folder, seed):
     "A world of the simulator's own recipe, with the closed form's answers."
@@ -232,8 +239,8 @@ def judged_world(folder, seed):
         cells = screen(options)
         lines, actions, contexts = lines_of(cells)
         table = as_table(bj.simulated_features(cells)).fit(sorted(a.parts[0].target for a in actions))
-        mean, std = closed_forms(cells, actions, contexts, table)
-        return dict(vars(lines), truth=true_lines(cells, options, lines, actions, contexts, n=64), closed=mean, closed_std=std)
+        truth = true_lines(cells, options, lines, actions, contexts, n=64)
+        return dict(vars(lines), truth=truth, **closed_forms(cells, actions, contexts, table))
     return cached(Path(folder) / "judged" / f"{seed}.npz", make)
 
 def kang():
@@ -243,8 +250,57 @@ def kang():
     raw.obs["label"] = raw.obs.group_id.astype(str).replace(dict(stim="IFNB1")).to_numpy()
     cells = bj.prepare(raw, "label", control="ctrl", cell_type="cluster_id", batch="donor", mode="cytokine", n_genes=raw.n_vars)
     lines, actions, contexts = lines_of(cells)
-    mean, std = closed_forms(cells, actions, contexts)
-    return dict(vars(lines), truth=lines.effect, noise=lines.sem**2, closed=mean, closed_std=std), contexts
+    return dict(vars(lines), truth=lines.effect, noise=lines.sem**2, **closed_forms(cells, actions, contexts)), contexts
+
+def sergio_network(sergio_rs, seed, n_genes=150, masters=15, regulators=45):
+    "A network of another simulator (SERGIO: Hill kinetics, stochastic differential equations), lines by their master regulators."
+    rng = np.random.default_rng(seed)
+    genes = [sergio_rs.Gene(f"G{i:03d}", 0.8) for i in range(n_genes)]
+    grn = sergio_rs.GRN()
+    for target in range(masters, n_genes):
+        pool = np.arange(min(target, regulators))
+        for r in rng.choice(pool, int(rng.integers(1, 5)), replace=False):
+            sign = 1 if rng.random() < 0.7 else -1
+            grn.add_interaction(genes[r], genes[target], sign * float(rng.uniform(1, 5)), None, 2)
+    grn.set_mrs()
+    knocked = sorted(rng.choice(regulators, 30, replace=False))
+    return grn, sergio_rs.MrProfile.from_random(grn, 6, (0.3, 1.5), (1.5, 4.0), seed), [f"G{i:03d}" for i in knocked]
+
+def sergio_cells(sergio_rs, grn, profile, n, seed, names):
+    "Expression [6 n, G] of n cells of each of six lines; 0 for a gene that is not there."
+    table = sergio_rs.Sim(grn, n, 100, 5, 0.01, 1, seed).simulate(profile)
+    found = dict(zip(table["Genes"].to_list(), table.drop("Genes").to_numpy()))
+    return np.stack([found.get(g, np.zeros(6 * n)) for g in names], 1)
+
+def log_mean(x):
+    "Mean log1p of counts per 10,000 of each line [6, G], without the noise of counting."
+    return np.log1p(1e4 * x / x.sum(1, keepdims=True)).reshape(6, -1, x.shape[1]).mean(1)
+
+def sergio(folder, seed, n=30, many=120):
+    "A screen of knock-outs from a simulator that is not ours, with the closed form's answers; needs the package sergio_rs."
+    import sergio_rs
+    def make():
+        grn, profile, knocked = sergio_network(sergio_rs, seed)
+        names = [f"G{i:03d}" for i in range(150)]
+        rng = np.random.default_rng(seed)
+        def counts(x): return rng.poisson(x / x.sum(1, keepdims=True) * 600 * np.exp(rng.normal(0, 0.3, (len(x), 1)))).astype(np.float32)
+        blocks = [sergio_cells(sergio_rs, grn, profile, 150, seed, names)]
+        still = log_mean(sergio_cells(sergio_rs, grn, profile, many, seed + 1000, names))
+        true, rows = {}, [("control", c) for c in range(6) for _ in range(150)]
+        for k, gene in enumerate(knocked):
+            less, other = grn.ko_perturbation(gene, profile)
+            blocks.append(sergio_cells(sergio_rs, less, other, n, seed + k + 1, names))
+            true[gene] = log_mean(sergio_cells(sergio_rs, less, other, many, seed + k + 2000, names)) - still
+            rows += [(gene, c) for c in range(6) for _ in range(n)]
+        raw = anndata.AnnData(counts(np.concatenate(blocks)))
+        raw.var_names = names
+        raw.obs["perturbation"], raw.obs["cell_type"] = [r[0] for r in rows], [f"LINE{r[1]}" for r in rows]
+        cells = bj.prepare(raw, n_genes=150, mode="CRISPRko")
+        lines, actions, contexts = lines_of(cells)
+        order = [names.index(g) for g in cells.var_names]
+        truth = np.stack([true[a.parts[0].target][:, order] for a in actions], 1)
+        return dict(vars(lines), truth=truth, **closed_forms(cells, actions, contexts))
+    return cached(Path(folder) / "sergio" / f"{seed}.npz", make)
 
 def trees_of(folder, seeds, rows=700):
     "Boosted trees on the same inputs, target and weights, from the same worlds."
@@ -268,9 +324,23 @@ def related(lines, line):
     rest = [s for s in range(len(lines.mean)) if s != line]
     return relations(lines.take(rest), lines.mean[line], lines.sd[line], lines.response[line])
 
+def gate(lines, inner, line, network, most=30):
+    "The network's share for a new line, as `NewLineAnswers` opens it: from the other lines, each left out in turn; 0 where it stays shut."
+    rest = [s for s in range(len(lines.mean)) if s != line]
+    rows = np.arange(len(lines.own))[:: max(1, len(lines.own) // most)]
+    keep = elsewhere(lines.own, lines.mean.shape[1])[rows]
+    fixed, other, seen = [], [], []
+    for s in rest:
+        view = lines.mean[s], lines.sd[s], lines.response[s]
+        answer = answers(network, relations(lines.take([k for k in rest if k != s]), *view, rows=rows))[0]
+        for pile, x in ((fixed, inner[line, s][rows]), (other, answer), (seen, lines.effect[s][rows])): pile.append(x * keep)
+    return regressed_share(fixed, other, seen) if opens(gains(fixed, other, seen)) else 0.0
+
 def judge_lines(data, found, names, network, trees):
     "Rows of the table: R2 against no change of each method in each left-out line, and the coverage of 90 % intervals."
     lines = Lines(*(np.asarray(found[k], float) if k != "own" else found[k] for k in ARRAYS))
+    shares = [gate(lines, found["inner"], line, network) for line in range(len(names))]
+    print(data, "shares behind the gate", np.round(shares, 2), flush=True)
     out = []
     for line, name in enumerate(names):
         r, truth = related(lines, line), found["truth"][line]
@@ -283,7 +353,7 @@ def judge_lines(data, found, names, network, trees):
         tree = r.start + r.unit * trees.predict(r.inputs.reshape(-1, r.inputs.shape[-1])).reshape(truth.shape)
         scaled = mean * (mean * truth)[keep].sum() / (mean[keep] ** 2).sum()
         guesses = {"no change": 0 * truth, "mean of the lines": mean, "mean, best scale in hindsight": scaled, "start": r.start}
-        guesses |= {"closed form": fixed, "trees": tree, "network": answer, "half closed form, half network": (fixed + answer) / 2}
+        guesses |= {"closed form": fixed, "trees": tree, "network": answer, "behind the gate": fixed + shares[line] * (answer - fixed)}
         spread = {"closed form": std**2, "network": variance}
         for method, guess in guesses.items():
             wide = np.sqrt(spread[method] + noise) if method in spread else None
@@ -300,6 +370,8 @@ def judge(folder, n_trees=130):
     for seed in JUDGED:
         found = judged_world(folder, seed)
         rows += judge_lines(f"simulator, seed {seed}", found, [f"LINE{s}" for s in range(len(found["truth"]))], network, trees)
+    if find_spec("sergio_rs"):
+        for seed in SERGIO: rows += judge_lines(f"sergio, seed {seed}", sergio(folder, seed), [f"LINE{s}" for s in range(6)], network, trees)
     if (DATA / "data/kang18").is_dir(): rows += judge_lines("kang18", *kang(), network, trees)
     with open(HERE / "worlds.csv", "w", newline="") as f:
         table = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
