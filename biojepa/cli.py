@@ -19,6 +19,7 @@ from biojepa.cli_options import (
 )
 from .cli_steps import FEATURES, PROGRESS, SEED, size_of
 import biojepa.cli_discover
+import biojepa.cli_safety
 import biojepa.cli_uses
 
 # %% ../nbs/84_cli.ipynb #c006
@@ -37,7 +38,7 @@ DATA = typer.Option(
 def demo(
     out: Path = typer.Option(
         Path("runs/demo"),
-        help="Folder for index.html, scores.csv and scores.png, card.html and card.csv "
+        help="Folder for index.html, plan.html, scores.csv and scores.png, card.html and card.csv "
         "(every metric with its verdict), predictions.h5ad and the weights.",
     ),
     data: Optional[Path] = DATA,
@@ -56,13 +57,14 @@ def demo(
     from biojepa.demo import RESULTS, budget, name_rows, perfect_scores, run_demo, write_results
     check_folder(out, [data, *(features or ())], RESULTS)
     cells, table, splits = _screen(data, how, features, quick, seed)
-    settings = budget(len(splits), quick, v0_3)
+    settings = budget(quick, v0_3)
     result = run_demo(cells, table, splits, out, settings, seed, progress, typer.echo)
     source = Path(data).name if data else "simulated"
     if data is None: result[2]["perfect"] = perfect_scores(cells, splits)
     facts = write_results(result, out, start=start, seed=seed, data=source)
     typer.echo(name_rows(result[0].wide(), facts).to_string())
     typer.echo(f"{facts['answers']}.")
+    typer.echo(f"A plan: {facts['plan']}.")
     typer.echo(f"{facts['minutes']} minutes; open {out/'index.html'}")
 
 # %% ../nbs/84_cli.ipynb #c011

@@ -57,14 +57,19 @@ def goal_of(
     to: str | None = None, # of `state_of`
     up=(), # genes that should go up
     down=(), # genes that should go down
+    sets=None, # GMT file, in which `up` and `down` are names of gene sets
 ): # what `plan` takes as its goal
     "The one goal that was given. Raises ValueError for none and for several."
-    from biojepa.planning import signature
+    from biojepa.goals import sets_goal, signature
     given = [file is not None, to is not None, bool(up or down)]
     if sum(given) != 1:
         raise ValueError("name one goal: --goal FILE, --to column=value, or --up and --down genes")
     if file is not None: return read_goal(file)
-    return state_of(cells, to) if to is not None else signature(up or (), down or ())
+    if to is not None: return state_of(cells, to)
+    if sets is None: return signature(up or (), down or ())
+    if max(len(up or ()), len(down or ())) > 1:
+        raise ValueError("with --sets, name one set for --up and one for --down")
+    return sets_goal(sets, *(x[0] if x else None for x in (up, down)))
 
 def read_names(
     path, # text file, one name a line; None: no list
@@ -103,9 +108,15 @@ def plan_command(
     to: Optional[str] = typer.Option(None, help="Wanted state: column=value of cells, or control."),
     up: Optional[List[str]] = typer.Option(None, help="A gene that should go up; may be repeated."),
     down: Optional[List[str]] = typer.Option(None, help="A gene that should go down; likewise."),
+    sets: Optional[Path] = typer.Option(None, help="GMT file; --up and --down then name its sets."),
     start: Optional[str] = typer.Option(None, "--from", help="Cells to start from; else controls."),
     candidates: Optional[Path] = typer.Option(None, help="Names, one a line; else every target."),
     targets: int = typer.Option(1, help="At most so many targets at once."),
+    way: str = typer.Option("exhaustive", help="Search: exhaustive, cem or gradient."),
+    only: Optional[Path] = typer.Option(None, help="Targets that may be hit, one a line."),
+    forbidden: Optional[Path] = typer.Option(None, help="Targets that may not, such as essential genes."),
+    fixed: Optional[str] = typer.Option(None, help="Regimen that is part of every action: A+B."),
+    dose: Optional[List[float]] = typer.Option(None, help="A dose to try; may be repeated; else 1."),
     cell_type: Optional[str] = TYPE,
     out: Path = typer.Option(Path("plan.html"), help="The page; the table is written beside it."),
 ):
@@ -114,12 +125,14 @@ def plan_command(
     Example: biojepa plan runs/base cells.h5ad --from state=resistant --to state=sensitive
     """
     from biojepa.planning import plan
-    check_outputs([out, out.with_suffix(".csv")], [model, cells, goal, candidates])
+    check_outputs([out, out.with_suffix(".csv")], [model, cells, goal, candidates, sets, only, forbidden])
     data = read_prepared(cells)
-    wanted = goal_of(data, goal, to, up, down)
+    wanted = goal_of(data, goal, to, up, down, sets)
     begin = None if start in (None, "control") else state_of(data, start)
     names = read_names(candidates)
-    answer = plan(load_model(model), data, wanted, begin, names, targets, cell_type)
+    limits = dict(only=read_names(only), forbidden=read_names(forbidden) or (), doses=dose or None)
+    limits |= dict(fixed=fixed, way=way)
+    answer = plan(load_model(model), data, wanted, begin, names, targets, cell_type, **limits)
     write_answer(answer, out)
 
 # %% ../nbs/83_cli_uses.ipynb #c016

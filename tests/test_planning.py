@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 
 import biojepa as bj
-from biojepa.planning import BadGoal, _no_answer, _search, gap_closed, wanted_change
+from biojepa.goals import BadGoal, Change, as_goal, gap_closed, wanted_change
+from biojepa.planning import WAYS, Question, _no_answer, search_all
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,11 @@ def test_no_answer_where_there_is_none(fitted):
     half = np.isin(np.arange(cells.n_obs), control[::2])
     nothing = bj.plan(model, cells, half, candidates=list(split.train))
     assert nothing.abstains and "scatter" in nothing.reason
-    far, sure = np.array([1.0, -2.0]), np.zeros(2)
-    assert "doing nothing" in _no_answer(far, sure, -0.1, 0.01, 0.1)     # all overshoot, whatever luck would do
-    assert "shuffled" in _no_answer(far, sure, 0.2, 0.3, 0.1) and not _no_answer(far, sure, 0.2, 0.01, 0.1)
+    far = Change(np.array([1.0, -2.0]), np.zeros(2), np.ones(2, bool))
+    assert "doing nothing" in _no_answer(far, -0.1, 0.01, 0.1)     # all overshoot, whatever luck would do
+    assert "shuffled" in _no_answer(far, 0.2, 0.3, 0.1) and not _no_answer(far, 0.2, 0.01, 0.1)
+    assert "regimen alone" in _no_answer(far, 0.2, 0.01, 0.1, regimen=0.2)
+    assert "cap on harm" in _no_answer(far, -np.inf, 0.01, 0.1)
 
 
 @pytest.mark.parametrize("goal, word", [
@@ -73,14 +76,63 @@ def test_a_loaded_model_plans_the_same(fitted, tmp_path):
 def test_the_answer_does_not_depend_on_chunks(fitted, monkeypatch):
     from biojepa import planning
     cells, split, model = fitted
-    names, genes = list(split.train), list(cells.var_names)
-    goal = bj.effects(cells).to_df().loc[names[0]].to_numpy()
-    named = np.ones(len(genes), bool)
-    def ask(some): return model.predict(cells, some)
+    names = list(split.train)
+    goal = as_goal(bj.effects(cells).to_df().loc[names[0]], cells, list(cells.var_names))
+    question = Question(model, cells, "LINE0", goal, names)
     def search(chunk):
         monkeypatch.setattr(planning, "CHUNK", chunk)
-        return _search(ask, names, genes, goal, named / named.sum(), named, seed=0)
-    for whole, parts in zip(search(1000), search(3)): np.testing.assert_allclose(whole, parts, atol=1e-6)
+        return search_all(question, [(i,) for i in range(len(names))], seed=0)
+    whole, parts = search(1000), search(3)
+    assert whole.scores == pytest.approx(parts.scores)
+    np.testing.assert_allclose(whole.chance, parts.chance, atol=1e-6)
+
+
+def test_trying_some_finds_nearly_what_trying_all_finds(fitted):
+    cells, split, model = fitted
+    goal = bj.effects(cells).to_df().loc[split.test[0]]
+    names = sorted([*split.train, *split.test])
+    best = {w: bj.plan(model, cells, goal, candidates=names, n_actions=2, way=w) for w in WAYS}
+    for answer in best.values():
+        assert answer.table.gap_closed[0] > 0.99 * best["exhaustive"].table.gap_closed[0]
+    row = best["gradient"].vectors.iloc[-1]
+    assert row.parts == 2 and row.vector.shape[0] == 2 and np.isclose(row.loss, row.closed_by_vector - row.closed_by_real)
+    again = bj.plan(model, cells, goal, candidates=names, n_actions=2, way="cem")
+    pd.testing.assert_frame_equal(again.table, best["cem"].table)
+
+
+def test_limits(fitted):
+    cells, split, model = fitted
+    names, goal = list(split.train), bj.effects(cells).to_df().loc[split.train[0]]
+    free = bj.plan(model, cells, goal, candidates=names)
+    def others(**limits): return bj.plan(model, cells, goal, candidates=names, **limits).table
+    assert free.table.perturbation[0] not in set(others(forbidden=[free.table.perturbation[0]]).perturbation)
+    assert set(others(only=names[:3], n_actions=2).perturbation) <= {"+".join(sorted(p)) for p in
+        [(a,) for a in names[:3]] + [(a, b) for a in names[:3] for b in names[:3] if a < b]}
+    def size(effects): return (effects**2).sum(axis=1).to_numpy()
+    table = others(harm=size, most_harm=0.5)
+    assert (table.harm[np.isfinite(table.gap_closed)] <= 0.5).all()
+    with pytest.raises(BadGoal, match="each"): others(harm=lambda e: 1.0)
+    none = bj.plan(model, cells, goal, candidates=names, harm=size, most_harm=-1)
+    assert none.abstains and "harm" in none.reason
+    fixed = bj.plan(model, cells, goal, candidates=names, fixed=names[1])
+    assert all(names[1] in n.split("+") for n in fixed.table.perturbation) and "regimen alone" in fixed.headline()
+    tried = others(modes=["CRISPRi", "CRISPRa"], doses=[0.5, 1])
+    assert len(tried) == 4 * len(names) and {"mode", "dose"} <= set(tried)
+
+
+def test_a_function_as_goal(fitted):
+    cells, split, model = fitted
+    name = split.train[0]
+    wanted = bj.effects(cells).to_df().loc[name].to_numpy()
+    base = cells[cells.obs.perturbation == "control"].to_df().to_numpy().mean(0)
+    def far(x): return ((x - base - wanted) ** 2).sum(1)
+    names = list(split.train)
+    one, other = (bj.plan(model, cells, g, candidates=names) for g in (far, pd.Series(wanted, model.genes)))
+    assert one.table.perturbation[0] == other.table.perturbation[0] and one.wanted is None
+    one.plot()
+    with pytest.raises(BadGoal, match="one number each"): bj.plan(model, cells, lambda x: x, candidates=names)
+    with pytest.raises(BadGoal, match="per gene"): bj.plan(model, cells, far, candidates=names, way="gradient")
+    with pytest.raises(BadGoal, match="luck"): bj.plan(model, cells, far, candidates=names, way="luck")
 
 
 def test_from_a_shell(fitted, tmp_path):
