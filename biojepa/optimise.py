@@ -132,7 +132,8 @@ def by_gradient(
 ) -> tuple: # every action that was scored -> its score; number of parts -> Descent
     """Optimised vectors, mapped to the real candidates near them.
 
-    Starts are the candidates that score best alone among those nearest to training targets.
+    Starts are the candidates that score best alone among those nearest to training targets; of the
+    best combinations, each part is exchanged for other good ones.
     """
     scored = {}
     def add(actions):
@@ -149,7 +150,13 @@ def by_gradient(
             each = neighbours(vectors, x, max(int(np.ceil(near ** (1 / k))), 2))
             grid = np.stack(np.meshgrid(*each, indexing="ij"), -1).reshape(-1, k)
             add([tuple(sorted(set(map(int, row)))) for row in grid])
+        for _ in range(2 if k > 1 else 0): add(_exchanged(sorted(scored, key=scored.get, reverse=True)[:3], first))
     return scored, found
+
+def _exchanged(actions, first):
+    "Actions with one part exchanged for another of the best single candidates."
+    each = ((t, i, j) for t in actions for i in t for j in first[:100] if j not in t)
+    return [tuple(sorted({*t, j} - {i})) for t, i, j in each]
 
 def _combinations(first, k):
     "Combinations of k of the best, those of the best first."
