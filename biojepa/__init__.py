@@ -15,6 +15,7 @@ _API = {
     "plan": "planning", "signature": "goals", "sets_goal": "goals", "latent_distance": "goals",
     "plan_steps": "plan_steps",
     "combine": "combinations",
+    "safety": "safety", "Head": "heads", "held_out_effects": "heads",
     "pathway_edges": "pathway_edges",
     "to_cell_eval": "evaluator_files",
 }

@@ -18,7 +18,7 @@ from .labels import whole_name, written_parts
 from .patching import document, patch
 from .effects import conditions, control_means
 from .perturbations import Action, BadAction, _each
-from .variants import gene_of
+from .aliases import gene_of
 from .featurizers import MissingFeatures
 from .known_targets import known_targets, more_targets, warn_unknown
 from .fitted import BioJEPA

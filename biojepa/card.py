@@ -49,18 +49,18 @@ def verdict(
     statistic, # of the row
     n_boot: int = 1000, # bootstrap resamples
     seed: int = 0, # of the bootstrap
-) -> dict: # range, discrimination, tells ('yes', 'no' or 'unknown')
+) -> dict: # range, discrimination, separates ('yes', 'no' or 'unknown')
     "Can this metric tell good from bad here?"
     known = {k: _known(v) for k, v in ends.items()}
     if not metric.best or not len(known["ceiling"]) or not len(known["average"]):
-        return dict(range=np.nan, discrimination=np.nan, tells="unknown")
+        return dict(range=np.nan, discrimination=np.nan, separates="unknown")
     value = {k: float(statistic(v, axis=0)) if len(v) else np.nan for k, v in known.items()}
     reach = _reach(value, metric)
     gap, share = _gap(ends, known, value, metric, statistic, n_boot, seed)
     above = sign(metric) * (value["ceiling"] - value["floor"])
-    if np.isnan(gap).any(): return dict(range=reach, discrimination=share, tells="unknown")
+    if np.isnan(gap).any(): return dict(range=reach, discrimination=share, separates="unknown")
     good = min(gap) > 0 and reach >= LEAST_RANGE and (np.isnan(above) or above > 0)
-    return dict(range=reach, discrimination=share, tells="yes" if good else "no")
+    return dict(range=reach, discrimination=share, separates="yes" if good else "no")
 
 # %% ../nbs/67_card.ipynb #c012
 BEYOND = 0.02 # of the way from floor to ceiling: a score so far above the ceiling is flagged
@@ -95,7 +95,7 @@ def suspicious(
 ENDS = ("floor", "ceiling")
 COLUMNS = (
     "model", "split", "metric", "value", "low", "high", "floor", "ceiling", "n", "duplicate",
-    "average", "range", "discrimination", "tells", "baseline", "bar", "seed_sd", "split_half",
+    "average", "range", "discrimination", "separates", "baseline", "bar", "seed_sd", "split_half",
     "ceiling_by", "suspicious",
 )
 
@@ -297,7 +297,7 @@ def verdict(self: Card) -> pd.DataFrame: # rows (split, metric)
     "What each metric can tell here: its ends, the best baseline, range and discrimination."
     keep = [
         "floor", "average", "baseline", "bar", "split_half", "ceiling", "ceiling_by", "duplicate",
-        "range", "discrimination", "tells",
+        "range", "discrimination", "separates",
     ]
     return self.table.groupby(["split", "metric"], sort=False)[keep].first()
 

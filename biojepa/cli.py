@@ -19,6 +19,7 @@ from biojepa.cli_options import (
 )
 from .cli_steps import FEATURES, PROGRESS, SEED, size_of
 import biojepa.cli_discover
+import biojepa.cli_safety
 import biojepa.cli_uses
 
 # %% ../nbs/84_cli.ipynb #c006
@@ -56,7 +57,7 @@ def demo(
     from biojepa.demo import RESULTS, budget, name_rows, perfect_scores, run_demo, write_results
     check_folder(out, [data, *(features or ())], RESULTS)
     cells, table, splits = _screen(data, how, features, quick, seed)
-    settings = budget(len(splits), quick, v0_3)
+    settings = budget(quick, v0_3)
     result = run_demo(cells, table, splits, out, settings, seed, progress, typer.echo)
     source = Path(data).name if data else "simulated"
     if data is None: result[2]["perfect"] = perfect_scores(cells, splits)

@@ -95,7 +95,7 @@ def _first(r, m):
 def winners(self: Card,
     split: str | None = None, # kind of test perturbation; default: the one with the most
     metrics=None, # names of the table; None: every one that has a best value
-) -> pd.DataFrame: # per metric: tells, first, value, second, difference, low, high, clear
+) -> pd.DataFrame: # per metric: separates, first, value, second, difference, low, high, clear
     """Who is first by each metric, and by how much before the second that has another value.
 
     Which of many is first on one sample is partly luck: read `clear`.
@@ -110,7 +110,7 @@ def winners(self: Card,
         order, others = _first(r, shown[3])
         if not others: continue
         gap = _apart(wide, shown, order.index[0], others[0], self.n_boot, self.seed)
-        best = dict(metric=shown[0], tells=r.tells.iloc[0], first=order.index[0], value=order.iloc[0])
+        best = dict(metric=shown[0], separates=r.separates.iloc[0], first=order.index[0], value=order.iloc[0])
         rows.append(best | dict(second=others[0], **gap, clear="yes" if gap["low"] > 0 else "no"))
     return pd.DataFrame(rows).set_index("metric") if rows else pd.DataFrame()
 

@@ -32,24 +32,17 @@ from .scorecard import scorecard
 
 # %% ../nbs/81_demo.ipynb #c007
 def budget(
-    n_fits: int, # splits that each need a model
     quick: bool = False, # a smoke test, not a result
     v0_3: bool = False, # the seed's model too, which takes longer than all the rest
 ) -> dict: # preset -> arguments of fit
-    "Steps of both stages for each preset; without v0_3 a demo ends within minutes on two cores."
-    share = 0.04 if quick else 1.0 if n_fits == 1 else 0.25
-    def steps(n): return max(4, int(n * share))
-    base = dict(
-        pretraining=dict(steps=steps(160)),
-        training=dict(steps=steps(160), validate_every=max(4, steps(40)), patience=2, sets=12),
-    )
-    if not v0_3: return dict(base=base)
-    fair = 7.5 if n_fits == 1 else 1.0  # times what folds can have
+    "The models of a demo; without v0_3 it ends within a minute or two on two cores."
+    if not v0_3: return dict(base={})
+    share = 0.04 if quick else 1.0
     seed = dict(
-        pretraining=dict(steps=steps(80 * fair), batch=16),
-        training=dict(steps=steps(200 * fair), sets=8),
+        pretraining=dict(steps=int(600 * share), batch=16),
+        training=dict(steps=int(1500 * share), sets=8),
     )
-    return dict(base=base, v0_3=seed)
+    return dict(base={}, v0_3=seed)
 
 # %% ../nbs/81_demo.ipynb #c010
 def simulated_screen(

@@ -19,7 +19,7 @@ from anndata import AnnData
 from . import __version__
 from .cells import BadCells, CONTROL, MODES, add_mode, check, dense, gene_hash, parts
 from .patching import document, patch
-from .effects import control_means
+from .effects import control_means, effects
 from .splits import Split, check_split
 from .gene_sets import BadGeneSets, describe_start, read_gene_sets, sets_hash
 from .signatures import is_signature
@@ -40,7 +40,7 @@ from .fitted import BioJEPA
 from . import latents # gives BioJEPA `encode`
 from .asked import OutsideTraining, targets_of
 from .run import FitRun, cells_hash, features_hash
-from .schedule import approve, estimate, schedule
+from .schedule import approve, asks_network, estimate, schedule
 
 # %% ../nbs/59_estimator.ipynb #c009
 def _fit_table(features, split, whiten=True):
@@ -88,11 +88,11 @@ def _settings(cells, split, table, config, device, stages, **options):
         modes=list(MODES),
     )
 
-def _former(former):
-    """`floor=`, the former name of `closed_form=`, or None."""
+def _former(former, closed_form):
+    """`closed_form=`, or what was given as `floor=`, its former name."""
     odd = sorted(set(former) - {"floor"})
     if odd: raise TypeError(f"fit has no argument {odd[0]!r}; `help(BioJEPA.fit)` names them all")
-    if not former: return None
+    if not former: return closed_form
     warnings.warn("floor= is now called closed_form=", FutureWarning, stacklevel=3)
     return former["floor"]
 
@@ -111,7 +111,7 @@ def fit(cls: BioJEPA,
     yes: bool = False, # begin even what will take very many CPU-days
     device: str | None = None, # 'cpu', 'cuda', 'mps'; None takes the best at hand
     progress: bool = True, # bars, and a line that says what answers
-    network: bool = True, # False: the closed form alone
+    network: bool | None = None, # train it; None: for the seed's presets, and with options of it
     closed_form: bool = True, # False: the network alone
     model: dict | None = None, # fields of ModelConfig
     pretraining: dict | None = None, # fields of PretrainConfig; {'steps': 0} skips the stage
@@ -119,24 +119,23 @@ def fit(cls: BioJEPA,
     decoding: dict | None = None, # fields of DecoderConfig, the seed's presets; 0 steps: closed form
     closed_form_options: dict | None = None, # arguments of ClosedForm
     gene_sets=None, # GMT file or dict, name -> genes: what the pathways of v0_2 and v0_1 begin from
+    fallback: str = "warn", # or 'refuse' conditions without controls of their own kind (`effects`)
     **former, # `floor`, the former name of closed_form
 ): # BioJEPA
-    """Both stages and the closed form. Signatures give a SignatureModel.
-
-    Raises BadCells or Leak before anything is written, and ValueError for a folder of another
-    run and for what would take very many CPU-days."""
-    floor = _former(former)
+    """The closed form, and the network where it is asked for. Signatures give a SignatureModel.
+    Raises BadCells, Leak, and ValueError for a folder of another run or for a year of training."""
+    closed_form = _former(former, closed_form)
     sets = None if gene_sets is None else read_gene_sets(gene_sets)
-    if not is_signature(cells):
-        stages = dict(pretraining=pretraining, training=training, decoding=decoding)
-        plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets)
-        how = dict(preset=preset, seed=seed, network=network)
-        closed = closed_form if floor is None else floor
-        how |= dict(closed_form=closed, closed_form_options=closed_form_options or {})
-        return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
-    _only_cells(sets, size, epochs)
-    own = dict(preset=preset, network=network, device=device, progress=progress, training=training)
-    return SignatureModel.fit(cells, split, features, seed, out, **own)
+    if is_signature(cells):
+        _only_cells(sets, size, epochs)
+        own = dict(preset=preset, network=network is not False, device=device, progress=progress)
+        return SignatureModel.fit(cells, split, features, seed, out, training=training, **own)
+    if network is None: network = asks_network(preset, size, epochs, model, pretraining, training)
+    stages = dict(pretraining=pretraining, training=training, decoding=decoding)
+    plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets, fallback=fallback)
+    how = dict(preset=preset, seed=seed, network=network, closed_form=closed_form)
+    how["closed_form_options"] = closed_form_options or {}
+    return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
 
 # %% ../nbs/59_estimator.ipynb #c015
 @patch(cls_method=True)
@@ -144,6 +143,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, plan, device, progress
     "`fit` for cells: the closed form first, then the network on what it leaves."
     check(cells)
     check_split(split, cells)
+    if plan["fallback"] != "warn": effects(cells, fallback=plan["fallback"])
     preset, seed = how["preset"], how["seed"]
     size, sets = plan["size"], plan["sets"]
     # without layers: the counts would be copied with every part
@@ -153,8 +153,7 @@ def _fit_cells(cls: BioJEPA, cells, split, features, out, plan, device, progress
     config, start = _configure(preset, size, cells, split, table, sets, plan["model"])
     n_treated = int((seen.obs.perturbation != CONTROL).sum())
     stages = schedule(size, preset, seen.n_obs, n_treated, plan["epochs"], **plan["stages"])
-    how["gene_sets"] = sets_hash(sets)
-    settings = _settings(cells, split, table, config, device, stages, **how)
+    settings = _settings(cells, split, table, config, device, stages, gene_sets=sets_hash(sets), **how)
     self = cls(build(config, seed), cells.var_names)
     if sets: self.model.set_pathways(start)
     if sets and progress: print(describe_start(start, len(sets)))

@@ -22,7 +22,7 @@ from .cells import MODES, parts
 from .feature_files import READERS, BadFeatures, feature_frame, read_frame, warn_alike
 from .patching import document, patch
 from .perturbations import Action
-from .variants import gene_of
+from .aliases import gene_of
 
 # %% ../nbs/21_featurizers.ipynb #c017
 def whitening(

@@ -82,8 +82,9 @@ def what_answers(self: BioJEPA) -> str:
     if self.model.config.preset != "base": return _DECODED
     if self.closed_form is None: return "the network alone, without the closed form"
     if self.gate: return f"the closed form, and the network with a share of {self.gate:.2f}"
-    why = " (validation did not improve with it)" if "training" in self.history else ""
-    return f"the closed form alone; the network's share is 0.00{why}"
+    tried = "training" in self.history
+    why = "validation did not improve with it" if tried else "none was trained; network=True does"
+    return f"the closed form alone; the network's share is 0.00 ({why})"
 
 @patch
 def __repr__(self: BioJEPA):

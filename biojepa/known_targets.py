@@ -15,7 +15,8 @@ import pandas as pd
 
 # %% ../nbs/26_known_targets.ipynb #c006
 from .patching import document
-from .variants import gene_of, parse_variant
+from .aliases import gene_of
+from .variants import parse_variant
 from .featurizers import BadFeatures, FeatureTable, MissingFeatures, as_table
 from .sequences import UnknownGene
 from .symbols import Symbols

@@ -371,5 +371,5 @@ def _largest(ax, effect, n=12):
     ax.barh(top.index, top, color="tab:blue")
     ax.set_xlabel("predicted change, log1p")
 
-# %% ../nbs/70_planning.ipynb #c044
+# %% ../nbs/70_planning.ipynb #c043
 document(globals())

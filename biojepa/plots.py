@@ -155,7 +155,7 @@ def _band(band, here, table, metrics, models, first, last):
             ax.set_axis_off()
             continue
         _panel(ax, own, models, colours(models), labels=i == 0)
-        if "tells" in own and (own.tells == "no").all(): _mute(ax)
+        if "separates" in own and (own.separates == "no").all(): _mute(ax)
         ax.set_xlim(*_limits(table[table.metric == metric]))
         if first: ax.set_title(_heading(metric), fontsize=9)
         ax.tick_params(labelsize=8)

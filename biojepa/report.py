@@ -248,7 +248,7 @@ def headline(
     if "no" in used: out += "; it does not use the action"
     elif "yes" in used: out += "; it uses the action"
     if row.suspicious == "yes": out += "; suspicious, since it is above the ceiling"
-    return out + (". This metric cannot tell good from bad here." if row.tells == "no" else ".")
+    return out + (". This metric cannot tell good from bad here." if row.separates == "no" else ".")
 
 # %% ../nbs/68_report.ipynb #c042
 def metric_tables(
@@ -262,7 +262,7 @@ def metric_tables(
     wide = wide.reindex(dict.fromkeys(t.metric))[list(dict.fromkeys(t.model))]
     ends = [
         "floor", "baseline", "bar", "split_half", "ceiling", "ceiling_by", "duplicate", "range",
-        "discrimination", "tells",
+        "discrimination", "separates",
     ]
     wide = wide.join(t.groupby("metric")[ends].first())
     wide["suspicious"] = [
@@ -270,7 +270,7 @@ def metric_tables(
     ]
     def plain(m): return m.removesuffix("_mean").removesuffix("_median")
     flatter = [m for m in wide.index if METRICS[plain(m)].seed_column]
-    grey = [m for m in wide.index if wide.tells[m] != "yes"]
+    grey = [m for m in wide.index if wide.separates[m] != "yes"]
     return _table(wide.drop(flatter), grey), _table(wide.loc[flatter], flatter)
 
 # %% ../nbs/68_report.ipynb #c044
@@ -328,7 +328,7 @@ def _on_controls(card, shown):
             "<p class=note>difference = to the second with another value; better "
             "is positive. clear = its 95 % interval lies above zero.</p>"
         )
-        yield "Who is first, and by how much", words + _table(first, first.index[first.tells != "yes"])
+        yield "Who is first, and by how much", words + _table(first, first.index[first.separates != "yes"])
 
 def _on_metrics(card):
     "All metrics of all groups that are large enough, and what they mean."

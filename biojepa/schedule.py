@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'EPOCHS', 'OPTIONS', 'TEACHER', 'TOGETHER', 'MOST_CPU_DAYS', 'as_epochs', 'schedule', 'cells_per_step',
-           'Cost', 'measure', 'estimate', 'approve']
+           'asks_network', 'Cost', 'measure', 'estimate', 'approve']
 
 # %% ../nbs/58_schedule.ipynb #c003
 import time, warnings
@@ -97,6 +97,15 @@ def cells_per_step(
     return config.sets * (config.cells if preset == "base" else 1)
 
 # %% ../nbs/58_schedule.ipynb #c015
+def asks_network(
+    preset: str, # 'base' or one of the seed's
+    size: str, # 'small' or 'seed'
+    *options, # of the network, each None or {} where it was not given
+) -> bool:
+    "Does a fit that does not say `network=` mean to train one?"
+    return preset != "base" or size != "small" or any(o not in (None, {}) for o in options)
+
+# %% ../nbs/58_schedule.ipynb #c018
 @dataclass
 class Cost:
     "What a fit is expected to take."
@@ -126,7 +135,7 @@ def __str__(self: Cost):
         f"{self.gigabytes:.2g} GB of memory"
     )
 
-# %% ../nbs/58_schedule.ipynb #c018
+# %% ../nbs/58_schedule.ipynb #c021
 def _wait(device):
     "Until the device has done what it was asked."
     if device.type in ("cuda", "mps"): getattr(torch, device.type).synchronize()
@@ -157,7 +166,7 @@ def measure(
         if seconds > 2: break  # long enough for warming up not to matter
     return seconds, sum(kept.values())
 
-# %% ../nbs/58_schedule.ipynb #c021
+# %% ../nbs/58_schedule.ipynb #c024
 def _trial(owner, cells, configs, device, n):
     "A function of nothing for each stage that gives its step with n cells, and the cells of that step."
     model = owner.model
@@ -180,7 +189,7 @@ def _trial(owner, cells, configs, device, n):
 
 def _batch(config): return config.sets if isinstance(config, TrainConfig) else config.batch
 
-# %% ../nbs/58_schedule.ipynb #c022
+# %% ../nbs/58_schedule.ipynb #c025
 def estimate(
     owner, # an untrained BioJEPA; its network goes to the device
     cells, # prepared cells that training may see
@@ -203,7 +212,7 @@ def estimate(
     weights = sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
     return Cost(seconds, (weights + max(memory)) / 1e9, device.type, torch.get_num_threads())
 
-# %% ../nbs/58_schedule.ipynb #c026
+# %% ../nbs/58_schedule.ipynb #c029
 MOST_CPU_DAYS = 50  # of a fit that begins without `yes`
 
 def approve(
@@ -217,5 +226,5 @@ def approve(
         "lower epochs (--epochs) or take size='small' (--size small); yes=True (--yes) begins it all the same"
     )
 
-# %% ../nbs/58_schedule.ipynb #c030
+# %% ../nbs/58_schedule.ipynb #c033
 document(globals())

@@ -12,7 +12,7 @@ import numpy as np
 from anndata import AnnData
 
 # %% ../nbs/14_splits.ipynb #c004
-from .aliases import warn_of_cells, warn_of_names, warn_of_strangers
+from .aliases import gene_of, warn_of_cells, warn_of_names, warn_of_strangers
 from .cells import CONTROL, join_parts, parts
 from .patching import document, patch
 
@@ -87,18 +87,25 @@ def cells(self: Split,
     return out
 
 # %% ../nbs/14_splits.ipynb #c019
-def _genes(names): return {g for n in names for g in parts(n)}
+def _hit(name): return [gene_of(p) for p in parts(name)]
+
+def _genes(names): return {g for n in names for g in _hit(n)}
 
 def _group(name, seen):
     """How a held-out name stands to the genes that training has seen:
 
     none, some (1) or all (2) of a combination.
     """
-    known = [g in seen for g in parts(name)]
+    known = [g in seen for g in _hit(name)]
     if len(known) == 1 and not known[0]: return "unseen_gene"
     return f"pair_seen{2 if all(known) else int(any(known))}"
 
 # %% ../nbs/14_splits.ipynb #c021
+def _unseen(split):
+    "The group of single targets that a split made by hand holds out."
+    held = [*split.val * (not split.val_contexts), *split.test * (not split.test_contexts)]
+    return {n: "unseen_gene" for n in held if len(parts(n)) == 1}
+
 def _check_names(split):
     """Raise Leak when a name is in two parts, or when training has seen more of a held-out name
     than its group allows."""
@@ -108,12 +115,12 @@ def _check_names(split):
             raise Leak(f"{both[0]!r} is in {a} and in {b}")
     twice = sorted(set(split.val_contexts) & set(split.test_contexts))
     if twice: raise Leak(f"cell type {twice[0]!r} is held out for val and for test")
-    trained = {g: n for n in split.train for g in parts(n)}
-    for name, group in split.groups.items():
+    trained = {g: n for n in split.train for g in _hit(n)}
+    for name, group in (_unseen(split) | split.groups).items():
         if group == "unseen_context": continue
-        hidden = {g: trained[g] for g in parts(name) if g in trained}
+        hidden = {g: trained[g] for g in _hit(name) if g in trained}
         if len(parts(name)) == 1 and hidden:
-            raise Leak(f"{name!r} is held out as {group}, but training holds {hidden[name]!r}")
+            raise Leak(f"{name!r} is held out as {group}, but training holds {hidden[gene_of(name)]!r}")
         if _group(name, trained) != group:
             raise Leak(
                 f"{name!r} is held out as {group}, but of its parts training has "
@@ -192,8 +199,8 @@ def _perturbations(cells): return sorted(set(cells.obs.perturbation.astype(str))
 # %% ../nbs/14_splits.ipynb #c038
 def _hold_out(names, hidden):
     "Names without and with a hidden gene."
-    return [n for n in names if not hidden & set(parts(n))], [
-        n for n in names if hidden & set(parts(n))
+    return [n for n in names if not hidden & set(_hit(n))], [
+        n for n in names if hidden & set(_hit(n))
     ]
 
 # %% ../nbs/14_splits.ipynb #c039
@@ -220,18 +227,18 @@ def _finish(kind, seed, train, val, test):
 def _count(share, n): return min(max(1, round(share * n)), max(1, n - 2)) if share else 0
 
 # %% ../nbs/14_splits.ipynb #c043
-def _singles(names): return [n for n in names if len(parts(n)) == 1] or sorted(_genes(names))
+def _singles(names):
+    "Genes that are hit alone, in the order of the names; all genes where none is."
+    alone = [n for n in names if len(parts(n)) == 1]
+    return list(dict.fromkeys(map(gene_of, alone))) or sorted(_genes(names))
 
 # %% ../nbs/14_splits.ipynb #c044
 def _unseen_gene(names, seed, test, val, hidden=None):
     "Hide a share of the genes, or those given; then a share of the others for validation."
     rng = np.random.default_rng(seed)
     genes = list(rng.permutation(_singles(names)))
-    hidden = (
-        set(genes[: _count(0.2 if test is None else test, len(genes))])
-        if hidden is None
-        else hidden
-    )
+    share = 0.2 if test is None else test
+    if hidden is None: hidden = set(genes[:_count(share, len(genes))])
     left = [g for g in genes if g not in hidden]
     rest, tested = _hold_out(names, hidden)
     train, chosen = _hold_out(rest, set(left[:_count(0.1 if val is None else val, len(left))]))
@@ -241,11 +248,8 @@ def _unseen_gene(names, seed, test, val, hidden=None):
 def _gears_step(names, share, seed):
     "Names that stay and names that go, by steps 1 and 2."
     def draw(items):
-        return (
-            set(np.random.RandomState(seed).choice(items, int(len(items) * share), replace=False))
-            if len(items)
-            else set()
-        )
+        n = int(len(items) * share)
+        return set(np.random.RandomState(seed).choice(items, n, replace=False)) if items else set()
     genes = sorted(_genes(names))
     kept, gone = _hold_out(names, set(genes) - draw(genes))
     pairs = [n for n in kept if len(parts(n)) > 1]
@@ -270,11 +274,8 @@ def _unseen_pair(names, seed, test, val):
     pairs = list(np.random.default_rng(seed).permutation(pairs))
     if not pairs:
         raise ValueError(f"unseen_pair: no combination here has all its singles. {_INSTEAD}")
-    k = (
-        len(pairs)
-        if test is None and len(pairs) < 8
-        else _count(0.75 if test is None else test, len(pairs))
-    )
+    share = 0.75 if test is None else test
+    k = len(pairs) if test is None and len(pairs) < 8 else _count(share, len(pairs))
     j = len(pairs) if val is None else k + _count(val, len(pairs) - k) if k < len(pairs) else k
     held = set(pairs[:j])
     return _finish("unseen_pair", seed, [n for n in names if n not in held], pairs[k:j], pairs[:k])

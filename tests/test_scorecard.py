@@ -264,7 +264,7 @@ def test_table_is_tidy(card, screen):
         and (table.n <= counts[table.split].to_numpy()).all()
         and np.isfinite(table.value).all()
     )
-    assert set(table.tells) <= {"yes", "no", "unknown"} and not set(table.metric) & {
+    assert set(table.separates) <= {"yes", "no", "unknown"} and not set(table.metric) & {
         m.name for m in METRICS.values() if m.level == "quantity"
     }
     inside = table.low.isna() | (table.low <= table.value + 1e-9) & (
@@ -451,17 +451,17 @@ def test_several_seeds_are_one_model_with_a_spread(screen, truth):
 def test_a_metric_that_the_mean_wins_cannot_tell(card):
     v = card.verdict().loc["unseen_gene"]
     assert (
-        v.tells["pearson_pert"] == v.tells["rank"] == "yes"
+        v.separates["pearson_pert"] == v.separates["rank"] == "yes"
         and v.discrimination["pearson_pert"] > 0.9
     )
-    assert (v.range[v.tells == "yes"] >= 0.1).all() and v.tells["mean_shift"] == "unknown"
+    assert (v.range[v.separates == "yes"] >= 0.1).all() and v.separates["mean_shift"] == "unknown"
     noise = card.per_perturbation.copy()
     end = noise.model == "ceiling"
     own = noise.metric == "rank"
     noise.loc[end & own, "value"] = np.random.default_rng(0).permutation(
         np.linspace(0, 1, (end & own).sum())
     )
-    assert Card(noise, n_boot=200).verdict().loc["unseen_gene"].tells["rank"] == "no"
+    assert Card(noise, n_boot=200).verdict().loc["unseen_gene"].separates["rank"] == "no"
 
 
 def test_who_does_not_use_the_action_is_told(card):

@@ -27,6 +27,13 @@ def made(raw, kind, seed):
     except ValueError: assume(False)
 
 
+def test_a_split_made_by_hand_holds_a_target_out_also_of_pairs():
+    told = refused(lambda: check_split(Split("mine", 0, ("A+B", "C"), (), ("A",))), Leak)
+    assert "'A'" in told and "A+B" in told
+    check_split(Split("mine", 0, ("A", "B"), (), ("A+B",)))
+    check_split(Split("mine", 0, ("A+B",), (), ("A",), test_contexts=("L1",)))
+
+
 @few
 @given(screens, st.sampled_from([*RULES, "unseen_context"]), st.integers(0, 1000))
 def test_every_split_is_apart(raw, kind, seed):

@@ -1,5 +1,6 @@
 "Variants: their names, their sequences, and what a model answers of them."
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -7,17 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from biojepa.aliases import gene_of
 from biojepa.estimator import BioJEPA
 from biojepa.featurizers import MissingFeatures, as_table, encode_actions
 from biojepa.nucleotides import kmer_profile
 from biojepa.perturbations import Action, BadAction
 from biojepa.prepare import prepare
 from biojepa.simulator import simulate, simulated_features
-from biojepa.splits import split
+from biojepa.splits import Leak, check_split, split
 from biojepa.variants import (
     CODE,
     BadVariant,
-    gene_of,
     parse_variant,
     translate,
     variant_sequences,
@@ -145,3 +146,17 @@ def test_the_target_of_a_variant_is_its_gene(screen):
     gene = cells.var_names[7]
     batch = encode_actions([Action.parse(f"{gene}:p.R2H"), Action.parse(gene)], cells.var_names)
     assert batch.target[:, 0].tolist() == [7, 7] and gene_of("CC(=O):p") == "CC(=O):p"
+
+
+def test_a_split_keeps_the_variants_of_a_gene_on_one_side():
+    cells = prepare(simulate(n_genes=40, n_perturbations=16, cells_per_perturbation=8, seed=0), n_genes=40)
+    name = cells.obs.perturbation.astype(str)
+    odd = np.arange(cells.n_obs) % 2 == 1
+    variant = np.where(odd, name + ":p.R175H", name + ":p.R273H")
+    cells.obs["perturbation"] = np.where(name == "control", name, variant)
+    for kind in ("unseen_gene", "simulation"):
+        made = split(cells, kind, seed=0)
+        sides = [{gene_of(n) for n in part} for part in (made.train, made.val, made.test)]
+        assert all(sides) and sum(map(len, sides)) == len(set.union(*sides)) == 16
+    with pytest.raises(Leak, match="held out as unseen_gene"):
+        check_split(replace(made, train=(*made.train, f"{gene_of(made.test[0])}:c.5G>A")))
