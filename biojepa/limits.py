@@ -90,8 +90,8 @@ def predicted_harm(
 ) -> np.ndarray: # [P]
     "Harm of each action. Raises BadGoal for something that gives no number for each."
     out = harm.predict(effects) if hasattr(harm, "predict") else harm(effects)
-    if isinstance(out, pd.DataFrame): out = out.iloc[:, 0]
-    out = np.asarray(out, float)
+    if isinstance(out, pd.DataFrame): out = out["value"] if "value" in out else out.iloc[:, 0]
+    out = np.asarray(out, float) * (-1 if getattr(harm, "harm", "high") == "low" else 1)
     if out.shape != (len(effects),) or not np.isfinite(out).all():
         raise BadGoal(
             f"harm= gives {out.shape} for {len(effects)} actions; it must be one number for each"
