@@ -29,10 +29,15 @@ def interaction_of(
     pairs, # P names such as 'A+B'
     blocks=None, # parts of each, tuples of names; None: its single targets
 ) -> np.ndarray: # [P, G]
-    "Effect of each combination minus the sum of its parts. Raises KeyError naming what is not there."
+    """Effect of each combination minus the sum of its parts.
+
+    Raises KeyError naming what is not there.
+    """
     pairs = list(pairs)
     blocks = [parts(n) for n in pairs] if blocks is None else blocks
-    lost = [n for n in dict.fromkeys([*pairs, *(p for b in blocks for p in b)]) if n not in effect.index]
+    lost = [
+        n for n in dict.fromkeys([*pairs, *(p for b in blocks for p in b)]) if n not in effect.index
+    ]
     if lost:
         raise KeyError(
             f"no effect of {lost[0]!r}; an interaction needs the pair and both of its parts"
@@ -124,8 +129,10 @@ class Combinations(Result):
     title = "Which combinations interact?"
     note = (
         "interaction: expected length of what the pair does beyond the sum of its parts, log1p of "
-        "counts per 10,000. low and high: 90 % interval. q: false discovery rate. support: nearness "
-        "to training. With a goal, gap_closed: share of the gap that the combination closes; best_part: "
+        "counts per 10,000. low and high: 90 % interval. q: false discovery "
+        "rate. support: nearness "
+        "to training. With a goal, gap_closed: share of the gap that the "
+        "combination closes; best_part: "
         "what the best of its parts closes alone. The intervals are those of pairs."
     )
 
@@ -141,7 +148,10 @@ class Combinations(Result):
     def headline(self) -> str:
         "How many pairs interact, or why none is claimed."
         if self.abstains: return f"No interaction: {self.reason}"
-        return f"{(self.table['class'] != 'additive').sum()} of {len(self.table)} combinations interact"
+        return (
+            f"{(self.table['class'] != 'additive').sum()} of {len(self.table)} "
+            "combinations interact"
+        )
 
 # %% ../nbs/72_combinations.ipynb #c020
 def _predicted(model, cells, pairs, cell_type, blocks=None):
@@ -158,11 +168,17 @@ def _made(model, cells, cell_type):
     seen = model.split.cells(cells, "train")
     observed = effects(seen[(seen.obs.cell_type == cell_type).to_numpy()])
     called = observed.obs.perturbation.to_numpy(str)
-    table = pd.DataFrame(np.asarray(observed.X, float), called, observed.var_names).groupby(level=0).mean()
+    table = (
+        pd.DataFrame(np.asarray(observed.X, float), called, observed.var_names)
+        .groupby(level=0)
+        .mean()
+    )
     def both(n): return len(parts(n)) == 2 and all(p in table.index for p in parts(n))
     pairs = [n for n in table.index if both(n)]
     if not pairs: return np.zeros((0, table.shape[1])), np.zeros((0, table.shape[1]))
-    return interaction_of(_predicted(model, cells, pairs, cell_type)[0], pairs), interaction_of(table, pairs)
+    return interaction_of(_predicted(model, cells, pairs, cell_type)[0], pairs), interaction_of(
+        table, pairs
+    )
 
 # %% ../nbs/72_combinations.ipynb #c022
 def combinations(
@@ -175,7 +191,8 @@ def combinations(
     if regimen is not None:
         base = join_parts(parts(regimen))
         new = [t for t in targets if not set(parts(t)) & set(parts(base))]
-        if not new: raise ValueError(f"every target is part of the regimen {regimen!r}; name others")
+        if not new:
+            raise ValueError(f"every target is part of the regimen {regimen!r}; name others")
         return [join_parts([*parts(base), *parts(t)]) for t in new], [(base, t) for t in new]
     named = [n for n in targets if len(parts(n)) > 1]
     names = named or [join_parts(t) for t in itertools.combinations(targets, size)]
@@ -214,13 +231,17 @@ def combine(
     first = "interaction"
     if goal is not None:
         first = "gap_closed"
-        rows = rows.assign(**_closed(table, blocks, as_goal(goal, cells, list(model.genes), start, cell_type), pairs))
-    return Combinations(rows.sort_values(first, ascending=False, ignore_index=True), calibration, reason)
+        wanted = as_goal(goal, cells, list(model.genes), start, cell_type)
+        rows = rows.assign(**_closed(table, blocks, wanted, pairs))
+    return Combinations(
+        rows.sort_values(first, ascending=False, ignore_index=True), calibration, reason
+    )
 
 # %% ../nbs/72_combinations.ipynb #c025
 def _closed(table, blocks, goal, pairs):
     "What combinations and the best of their parts close of a gap."
-    def of(names): return goal.closed(table.loc[names].to_numpy(), perturbed(names, list(table.columns)))
+    def of(names):
+        return goal.closed(table.loc[names].to_numpy(), perturbed(names, list(table.columns)))
     each = pd.Series(of(list(table.index)), table.index)
     return dict(gap_closed=of(list(pairs)), best_part=[each[list(b)].max() for b in blocks])
 
@@ -260,13 +281,19 @@ def plot(self: Combinations,
 # %% ../nbs/72_combinations.ipynb #c029
 @patch
 def plot_matrix(self: Combinations): # a matplotlib figure
-    "Interactions of all pairs as a heat map; a cross where none is claimed. Raises ValueError for others."
+    """Interactions of all pairs as a heat map; a cross where none is claimed.
+
+    Raises ValueError for others.
+    """
     pairs = [parts(n) for n in self.table.perturbation]
-    if any(len(p) != 2 for p in pairs): raise ValueError("a heat map shows pairs; these are combinations of other sizes")
+    if any(len(p) != 2 for p in pairs):
+        raise ValueError("a heat map shows pairs; these are combinations of other sizes")
     names = sorted({p for pair in pairs for p in pair})
     at = {n: i for i, n in enumerate(names)}
     field = np.full((len(names), len(names)), np.nan)
-    figure, ax = plt.subplots(figsize=(1.6 + .3 * len(names), 1.2 + .3 * len(names)), layout="constrained")
+    figure, ax = plt.subplots(
+        figsize=(1.6 + 0.3 * len(names), 1.2 + 0.3 * len(names)), layout="constrained"
+    )
     for (a, b), x, kind in zip(pairs, self.table.interaction, self.table["class"]):
         field[at[a], at[b]] = field[at[b], at[a]] = x
         if kind == "additive": ax.plot([at[a], at[b]], [at[b], at[a]], "x", color="0.4", ms=4)

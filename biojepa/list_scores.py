@@ -24,7 +24,9 @@ def budgeted_utility(
     order = np.argsort(-score, kind="stable")[:n]
     best = np.sort(utility)[::-1][:n] @ discount
     mean = utility.mean() * discount.sum()
-    return float((utility[order] @ discount - mean) / (best - mean)) if best - mean > 1e-12 else np.nan
+    return (
+        float((utility[order] @ discount - mean) / (best - mean)) if best - mean > 1e-12 else np.nan
+    )
 
 # %% ../nbs/70_list_scores.ipynb #c008
 def place(
@@ -42,7 +44,8 @@ def regret(
     score: np.ndarray, # [N] by which the list is ordered, largest first
     utility: np.ndarray, # [N] how useful each candidate truly is
 ) -> float: # 0 is the best choice, 1 as useful as nothing
-    "Share of the best candidate's utility that the first of the list misses; NaN where nothing is useful."
+    """Share of the best candidate's utility that the first of the list misses; NaN where nothing
+    is useful."""
     utility = np.asarray(utility, float)
     best = utility.max()
     return float(1 - utility[int(np.argmax(score))] / best) if best > 1e-12 else np.nan

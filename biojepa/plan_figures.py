@@ -43,7 +43,8 @@ def plot_genes(self: Plan,
     perturbation: str | None = None, # a row of the plan; None: the best
     n: int = 12, # genes on each end
 ): # a matplotlib figure
-    "Wanted and predicted change of the genes that close most of the gap, and of those that widen it."
+    """Wanted and predicted change of the genes that close most of the gap, and of those that widen
+    it."""
     table = self.by_gene(perturbation)
     rows = table if len(table) <= 2 * n else pd.concat([table.head(n), table.tail(n)])
     figure, ax = plt.subplots(figsize=(6, .6 + .2 * len(rows)), layout="constrained")
@@ -74,7 +75,9 @@ def landscape(
     goal = as_goal(goal, cells, list(model.genes), start, cell_type)
     doses = np.linspace(0, 1, n)
     grid = [(a, b) for a in doses for b in doses]
-    actions = [model._action("+".join(sorted([one, other])), mode, {one: a, other: b}) for a, b in grid]
+    actions = [
+        model._action("+".join(sorted([one, other])), mode, {one: a, other: b}) for a, b in grid
+    ]
     effect = model.moments(cells, actions, [cell_type] * len(actions))[0]
     targets = perturbed([f"{one}+{other}"] * len(grid), model.genes)
     closed = goal.closed(effect, targets).reshape(n, n)
@@ -113,11 +116,15 @@ def trajectory(
     way = np.maximum(X[0].mean(0) + effect, 0)
     kind = np.repeat(["start", "goal", "way"], [*map(len, X), n])
     if model.has_network:
-        obs = pd.DataFrame(dict(log_total=float(here.obs.log_total.median())), index=map(str, range(n)))
+        obs = pd.DataFrame(
+            dict(log_total=float(here.obs.log_total.median())), index=map(str, range(n))
+        )
         moved = model._latents(AnnData(way.astype(np.float32), obs=obs), "cell", 64)
         X, way = [model.encode(c).obsm[KEY] for c in (here, there)], moved
     flat = PCA(2, random_state=0).fit(np.concatenate(X))
-    return pd.DataFrame(flat.transform(np.concatenate([*X, way])), columns=["x", "y"]).assign(kind=kind)
+    return pd.DataFrame(flat.transform(np.concatenate([*X, way])), columns=["x", "y"]).assign(
+        kind=kind
+    )
 
 # %% ../nbs/71_plan_figures.ipynb #c020
 def plot_trajectory(

@@ -152,7 +152,9 @@ def _mode(question):
 def _descended(question, score, n_actions):
     "`by_gradient` over the candidates with features, numbered as in the question."
     if not isinstance(question.goal, Change):
-        raise BadGoal("descent needs a wanted change per gene; a function is searched with way='cem'")
+        raise BadGoal(
+            "descent needs a wanted change per gene; a function is searched with way='cem'"
+        )
     form = _torch_form(question)
     keys = [(n, _mode(question)) for n in question.names]
     x, known = form.form.prior.smoother.features(keys, form.source)
@@ -174,7 +176,8 @@ class Plan(Result):
     note = (
         "gap_closed: share of the weighted squared distance to the goal that the predicted effect "
         "closes; 1 is the goal, 0 is no change. low and high: 90 % interval. distance: root mean "
-        "square, log1p of counts per 10,000. The perturbed gene is left out on both sides. support: "
+        "square, log1p of counts per 10,000. The perturbed gene is left out on "
+        "both sides. support: "
         "nearness to the perturbations of training."
     )
 
@@ -275,8 +278,10 @@ def _no_answer(goal, best, p_value, alpha, regimen=None):
     if goal.reached: return "the goal is where the start is, within the scatter of the cells"
     if best == -np.inf: return "every candidate is over the cap on harm"
     if best <= 0: return "no candidate comes nearer to the goal than doing nothing"
-    if regimen is not None and best <= regimen: return "no candidate closes more than the regimen alone"
-    if p_value > alpha: return "no candidate closes more of the gap than for goals with shuffled genes"
+    if regimen is not None and best <= regimen:
+        return "no candidate closes more than the regimen alone"
+    if p_value > alpha:
+        return "no candidate closes more of the gap than for goals with shuffled genes"
     return ""
 
 def _answer(questions, found, alpha):
@@ -288,14 +293,18 @@ def _answer(questions, found, alpha):
     p_value = (1 + (chance >= max(f.best for f in found)).sum()) / (1 + len(chance))
     regimen = float(first.judge([()])[0][0]) if first.fixed else None
     reason = _no_answer(first.goal, rows[order[0]][0], p_value, alpha, regimen)
-    blocks = [_rows(q, [rows[i] for i in order if rows[i][1] == k]) for k, q in enumerate(questions)]
+    blocks = [
+        _rows(q, [rows[i] for i in order if rows[i][1] == k]) for k, q in enumerate(questions)
+    ]
     table = pd.concat([t for t, _ in blocks if len(t)])
     effects = np.concatenate([e for _, e in blocks if len(e)])
     at = np.argsort(-table.gap_closed.to_numpy(), kind="stable")
     table = _without_constants(table.iloc[at].reset_index(drop=True), len(questions))
     shown = pd.DataFrame(effects[at], table.perturbation, list(first.model.genes))
     vectors = pd.concat([_vectors(q, f) for q, f in zip(questions, found)], ignore_index=True)
-    return Plan(table, shown, first.goal, reason, p_value, regimen, vectors if len(vectors) else None)
+    return Plan(
+        table, shown, first.goal, reason, p_value, regimen, vectors if len(vectors) else None
+    )
 
 # %% ../nbs/70_planning.ipynb #c025
 def _rows(question, rows):
