@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["biojepa", "biojepa.*"]),
-    package_data={"biojepa": ["*.toml"]},
+    package_data={"biojepa": ["*.toml", "weights/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "evaluators", "site", "molecules", "language")},

@@ -38,7 +38,7 @@ DATA = typer.Option(
 def demo(
     out: Path = typer.Option(
         Path("runs/demo"),
-        help="Folder for index.html, scores.csv and scores.png, card.html and card.csv "
+        help="Folder for index.html, plan.html, scores.csv and scores.png, card.html and card.csv "
         "(every metric with its verdict), predictions.h5ad and the weights.",
     ),
     data: Optional[Path] = DATA,
@@ -64,6 +64,7 @@ def demo(
     facts = write_results(result, out, start=start, seed=seed, data=source)
     typer.echo(name_rows(result[0].wide(), facts).to_string())
     typer.echo(f"{facts['answers']}.")
+    typer.echo(f"A plan: {facts['plan']}.")
     typer.echo(f"{facts['minutes']} minutes; open {out/'index.html'}")
 
 # %% ../nbs/84_cli.ipynb #c011

@@ -59,7 +59,7 @@ def fit_command(
     out: Path = typer.Option(..., help="Folder for the model; a killed run goes on."),
     kind: str = KIND,
     context: Optional[List[str]] = CONTEXT,
-    preset: str = typer.Option("base", help="base, v0_3, v0_2 or v0_1."),
+    preset: str = typer.Option("base", help="base, world, v0_3, v0_2 or v0_1."),
     features: Optional[List[Path]] = FEATURES,
     network: Optional[bool] = NETWORK,
     fallback: str = FALLBACK,

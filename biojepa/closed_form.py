@@ -149,6 +149,7 @@ def targets(self: ClosedForm): return self.mixed.targets
 def _leave_contexts_out(self: ClosedForm, noise, most=8):
     "With three contexts or more, leave each out in turn and fit on them what carries over."
     self.left_out = None
+    self.left_out_rows = []
     trained = sorted(set(self.contexts))
     if len(trained) < 3: return
     every = np.arange(len(self.contexts))
@@ -157,6 +158,7 @@ def _leave_contexts_out(self: ClosedForm, noise, most=8):
     blocks = []
     for c in trained:
         rows = every[where == c]
+        self.left_out_rows += list(rows)
         without = self._on_rows(every[where != c])
         actions = [self.actions[i] for i in rows]
         contexts = [c] * len(rows)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'HEAD', 'FLATTERING', 'RESULTS', 'budget', 'simulated_screen', 'context_splits', 'real_splits', 'fit_all',
-           'condition_names', 'predict_held_out', 'who_answers', 'run_demo', 'perfect_scores', 'name_rows', 'strongest',
-           'plot_card', 'write_page', 'write_results']
+           'condition_names', 'predict_held_out', 'who_answers', 'plan_back', 'places', 'describe_plans', 'run_demo',
+           'perfect_scores', 'name_rows', 'strongest', 'plot_card', 'write_page', 'write_results']
 
 # %% ../nbs/81_demo.ipynb #c003
 import html, json, os, time
@@ -29,6 +29,7 @@ from .estimator import BioJEPA
 from .plots import plot_effect
 from .report import STYLE, _picture
 from .scorecard import scorecard
+from .planning import plan
 
 # %% ../nbs/81_demo.ipynb #c007
 def budget(
@@ -165,7 +166,41 @@ def who_answers(
         f"with a share of {min(open_):.2f} to {max(open_):.2f}"
     )
 
-# %% ../nbs/81_demo.ipynb #c024
+# %% ../nbs/81_demo.ipynb #c025
+def plan_back(
+    cells, # prepared cells
+    split, # a Split
+    model, # fitted on its training part
+) -> dict: # held-out target -> Plan from control cells to its state
+    "Plans to the states of held-out targets, in the largest cell type; {} where none is held out."
+    line = cells.obs.cell_type[cells.obs.perturbation == CONTROL].astype(str).mode()[0]
+    targets = sorted(n for n in set(cells.obs.perturbation) - {CONTROL} if len(parts(n)) == 1)
+    label = np.where(cells.obs.cell_type == line, cells.obs.perturbation, "")
+    goals = [n for n in split.test if split.groups.get(n) == "unseen_gene" and n in targets]
+    return {
+        g: plan(model, cells, label == g, candidates=targets, cell_type=line)
+        for g in goals
+        if (label == g).sum() > 1
+    }
+
+def places(
+    plans: dict, # of `plan_back`
+) -> dict: # target -> its place in its own plan, from 1; those that abstain are left out
+    "Where the right answer stands."
+    rows = {g: list(p.table.perturbation) for g, p in plans.items() if not p.abstains}
+    return {g: names.index(g) + 1 if g in names else len(names) + 1 for g, names in rows.items()}
+
+def describe_plans(
+    plans: dict, # of `plan_back`
+    n: int, # candidates
+) -> str: # a sentence
+    "How often the plans answer, and how well."
+    found = list(places(plans).values())
+    text = f"which of {n} targets leads to the state of a held-out one: {len(found)} of {len(plans)} goals answered"
+    if not found: return text
+    return f"{text}, the right target at place {np.median(found):.0f} in the median (by chance {(n + 1) / 2:g})"
+
+# %% ../nbs/81_demo.ipynb #c027
 def run_demo(
     cells, # prepared cells
     features, # whatever `as_table` takes, or None
@@ -191,14 +226,24 @@ def run_demo(
     gates = [round(m.gate, 3) for m in models["base"]]
     facts = dict(what=what, settings=settings, gate=gates, answers=who_answers(gates))
     facts["parameters"] = {p: _parameters(ms[0]) for p, ms in models.items()}
+    facts["plan"] = _write_plan(cells, splits[0], models["base"][0], out/"plan.html")
     return card, predict_held_out(cells, splits, models["base"]), facts
+
+def _write_plan(cells, split, model, path):
+    "The plan to the strongest held-out state that is answered, as a page; and all of them in words."
+    plans = plan_back(cells, split, model)
+    if not plans: return "no single target is held out, so there is no plan to judge"
+    shown = max(plans.values(), key=lambda p: (not p.abstains, np.abs(p.wanted).mean()))
+    write_atomic(path, shown.to_html)
+    n = sum(len(parts(n)) == 1 for n in set(cells.obs.perturbation) - {CONTROL})
+    return describe_plans(plans, n)
 
 def _parameters(model):
     "Of student and predictor, the parts that answer."
     parts_ = (model.student, model.predictor)
     return sum(p.numel() for part in parts_ for p in part.parameters())
 
-# %% ../nbs/81_demo.ipynb #c027
+# %% ../nbs/81_demo.ipynb #c030
 def perfect_scores(
     cells, # simulated, prepared
     splits: list, # Splits
@@ -212,7 +257,7 @@ def perfect_scores(
         out |= {g: round(float(v), 3) for g, v in zip(table.split, table.value)}
     return out
 
-# %% ../nbs/81_demo.ipynb #c030
+# %% ../nbs/81_demo.ipynb #c033
 def name_rows(
     table, # DataFrame with `model` as a level of its index or as its index
     facts: dict, # of `run_demo`: settings, parameters
@@ -226,7 +271,7 @@ def name_rows(
         names[model] = f"{model} ({facts['parameters'][model]:,} parameters, {steps} steps)"
     return table.rename(index=names, level="model")
 
-# %% ../nbs/81_demo.ipynb #c033
+# %% ../nbs/81_demo.ipynb #c036
 def strongest(
     predicted, # of `predict_held_out`
 ) -> list: # row names, one per kind of split
@@ -236,14 +281,14 @@ def strongest(
     rows = [np.flatnonzero(kinds == k) for k in dict.fromkeys(kinds)]
     return [predicted.obs_names[r[size[r].argmax()]] for r in rows]
 
-# %% ../nbs/81_demo.ipynb #c035
+# %% ../nbs/81_demo.ipynb #c038
 HEAD = (
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width"><title>biojepa: scores</title>'
 )
 FLATTERING = "global|pearson_top20|r2_|shift"  # metrics that compare expression, not change
 
-# %% ../nbs/81_demo.ipynb #c036
+# %% ../nbs/81_demo.ipynb #c039
 def plot_card(
     card, # of `scorecard`
 ): # matplotlib Figure
@@ -251,7 +296,7 @@ def plot_card(
     known = set(card.table.dropna(subset="value").metric)
     return card.plot([m for m in ("pearson_delta", "pearson_pert", "rank") if m in known])
 
-# %% ../nbs/81_demo.ipynb #c038
+# %% ../nbs/81_demo.ipynb #c041
 def write_page(
     path, # html
     card, # of `scorecard`
@@ -268,7 +313,7 @@ def write_page(
     old = card.table[card.table.metric.str.contains(FLATTERING)]
     old = old.pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
     old = name_rows(old, facts)
-    words = {k: html.escape(facts[k], quote=False) for k in ("what", "answers")}
+    words = {k: html.escape(facts[k], quote=False) for k in ("what", "answers", "plan")}
     Path(path).write_text(
         f"""{HEAD}<style>{STYLE}</style>
 <h1>biojepa: scores on perturbations that training never saw</h1>
@@ -278,15 +323,17 @@ change). <b>Ceiling</b>: what a perfect predictor reaches, from the noise-free t
 from halves of real ones.</p>
 {picture}{name_rows(card.wide(), facts).to_html()}
 <h2>The strongest held-out effect of each kind, by base</h2>{examples}
+<h2>A plan</h2><p>Turned round: {words["plan"]}. The strongest: <a href="plan.html">plan.html</a></p>
 <h2>Columns that flatter</h2><p>They compare expression, not change: read each beside
 <code>no_change</code>, which knows nothing of the perturbation.</p>{old.round(3).to_html()}
 <h2>How it was made</h2><pre>{html.escape(json.dumps(facts, indent=1))}</pre></html>""",
         encoding="utf-8",
     )
 
-# %% ../nbs/81_demo.ipynb #c040
+# %% ../nbs/81_demo.ipynb #c043
 RESULTS = (
     "index.html",
+    "plan.html",
     "scores.csv",
     "scores.png",
     "card.html",
@@ -326,5 +373,5 @@ def _save_picture(figure, path):
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
-# %% ../nbs/81_demo.ipynb #c043
+# %% ../nbs/81_demo.ipynb #c046
 document(globals())

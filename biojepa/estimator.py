@@ -21,7 +21,7 @@ from .cells import BadCells, CONTROL, MODES, add_mode, check, dense, gene_hash, 
 from .patching import document, patch
 from .effects import control_means, effects
 from .splits import Split, check_split
-from .gene_sets import BadGeneSets, describe_start, read_gene_sets, sets_hash
+from .gene_sets import describe_start, read_gene_sets, sets_hash
 from .signatures import is_signature
 from .perturbations import BadAction
 from .featurizers import FeatureTable, MissingFeatures, as_table
@@ -36,11 +36,12 @@ from .training import TrainConfig
 from .trained_decoders import DecoderConfig
 from .saved import below, number, put_weights, read_model, reading, text_apart, write_model
 from .signature_model import SignatureModel
+from .new_line_answers import NewLineAnswers
 from .fitted import BioJEPA
 from . import latents # gives BioJEPA `encode`
 from .asked import OutsideTraining, targets_of
-from .run import FitRun, cells_hash, features_hash
-from .schedule import approve, asks_network, estimate, schedule
+from .run import FitRun, cells_hash, features_hash, world_preset
+from .schedule import approve, asks_network, estimate, only_cells, schedule
 
 # %% ../nbs/59_estimator.ipynb #c009
 def _fit_table(features, split, whiten=True):
@@ -101,7 +102,7 @@ def _former(former, closed_form):
 def fit(cls: BioJEPA,
     cells: AnnData, # prepared cells (`prepare`), with controls
     split, # a Split; only its training perturbations train, its validation perturbations choose
-    preset: str = "base", # or 'v0_3', 'v0_2', 'v0_1'
+    preset: str = "base", # or 'world', for lines without treated cells; 'v0_3', 'v0_2', 'v0_1'
     features=None, # DataFrame, dict of them, file(s) or FeatureTable: one row per target
     seed: int = 0, # of weights, cells, masks
     out=None, # folder for checkpoints and the result; a run that was killed goes on from there
@@ -127,7 +128,7 @@ def fit(cls: BioJEPA,
     closed_form = _former(former, closed_form)
     sets = None if gene_sets is None else read_gene_sets(gene_sets)
     if is_signature(cells):
-        _only_cells(sets, size, epochs)
+        only_cells(sets, size, epochs)
         own = dict(preset=preset, network=network is not False, device=device, progress=progress)
         return SignatureModel.fit(cells, split, features, seed, out, training=training, **own)
     if network is None: network = asks_network(preset, size, epochs, model, pretraining, training)
@@ -135,7 +136,7 @@ def fit(cls: BioJEPA,
     plan = dict(size=size, epochs=epochs, yes=yes, stages=stages, model=model, sets=sets, fallback=fallback)
     how = dict(preset=preset, seed=seed, network=network, closed_form=closed_form)
     how["closed_form_options"] = closed_form_options or {}
-    return cls._fit_cells(cells, split, features, out, plan, device, progress, **how)
+    return cls._fit_cells(cells, split, features, out, plan, device, progress, **world_preset(how))
 
 # %% ../nbs/59_estimator.ipynb #c015
 @patch(cls_method=True)
@@ -188,13 +189,7 @@ def _announce(self: BioJEPA, seen, stages, yes, device, progress):
     approve(cost, yes)
     if progress: print(f"This fit will take {cost}.")
 
-def _only_cells(sets, size, epochs):
-    "Refuse for signatures what only a model of cells has."
-    if sets: raise BadGeneSets("signatures have no pathway tokens: leave out gene_sets=")
-    if size != "small" or epochs is not None:
-        raise ValueError("a model of signatures has one size: leave size= and epochs= out")
-
-# %% ../nbs/59_estimator.ipynb #c024
+# %% ../nbs/59_estimator.ipynb #c026
 def _names(names):
     "A list of labels. Raises BadAction for none, and for what is no text."
     if isinstance(names, str): return [names]
@@ -206,7 +201,7 @@ def _names(names):
     if odd: raise BadAction(f"{odd[0]!r} is not a label: names of perturbations are texts")
     return [str(n) for n in names]
 
-# %% ../nbs/59_estimator.ipynb #c027
+# %% ../nbs/59_estimator.ipynb #c029
 TOP = float(np.log1p(1e4))  # the largest log1p of counts per 10,000: all counts on one gene
 
 @patch
@@ -234,7 +229,7 @@ def _rows(self: BioJEPA, cells, names, cell_type, mode, dose, time, symbols):
         )
     return actions * len(types), obs
 
-# %% ../nbs/59_estimator.ipynb #c029
+# %% ../nbs/59_estimator.ipynb #c031
 @patch
 def predict(
     self: BioJEPA,
@@ -270,7 +265,7 @@ def predict(
     out = self._answer(cells, obs, delta, std)
     return self._as_cells(cells, out, cells_out) if cells_out else out
 
-# %% ../nbs/59_estimator.ipynb #c030
+# %% ../nbs/59_estimator.ipynb #c032
 @patch
 def _answer(self: BioJEPA, cells, obs, delta, std):
     "The AnnData of a prediction."
@@ -303,7 +298,7 @@ def _as_cells(self: BioJEPA, cells, rows, n):
         np.concatenate(blocks).astype(np.float32), obs=obs, var=rows.var, uns=dict(rows.uns)
     )
 
-# %% ../nbs/59_estimator.ipynb #c045
+# %% ../nbs/59_estimator.ipynb #c047
 def _without_nan(history):
     "A history as JSON can hold it: column -> list, None where nothing was measured."
     return history.astype(object).where(history.notna(), None).to_dict("list")
@@ -325,9 +320,10 @@ def save(self: BioJEPA,
     )
     arrays = {f"weights.{k}": v.detach().cpu().numpy() for k, v in self.model.state_dict().items()}
     arrays |= {f"controls.{c}": x for c, x in self.controls.items()}
-    if self.closed_form:
-        more, facts["closed_form"] = self.closed_form.state()
-        arrays |= {f"closed_form.{k}": v for k, v in more.items()}
+    for name in ("closed_form", "new_line_answers"):
+        if getattr(self, name) is None: continue
+        more, facts[name] = getattr(self, name).state()
+        arrays |= {f"{name}.{k}": v for k, v in more.items()}
     if self.table is not None:
         more, facts["table"] = text_apart(self.table.state())
         arrays |= {f"table.{k}": v for k, v in more.items()}
@@ -337,7 +333,7 @@ def save(self: BioJEPA,
 
 OWN = ("genes", "modes", "time", "gate", "stretch", "seed", "gene_hash")  # as they are
 
-# %% ../nbs/59_estimator.ipynb #c046
+# %% ../nbs/59_estimator.ipynb #c048
 def _tensors(arrays, prefix): return {k: torch.tensor(v) for k, v in below(arrays, prefix).items()}
 
 def _read_network(arrays, facts):
@@ -354,7 +350,7 @@ def _read_network(arrays, facts):
     put_weights(shapes, weights)
     return put_weights(build(config), weights).eval()
 
-# %% ../nbs/59_estimator.ipynb #c047
+# %% ../nbs/59_estimator.ipynb #c049
 @patch(cls_method=True)
 def load(cls: BioJEPA,
     folder: str | Path, # a folder that `save` or `fit(out=...)` wrote
@@ -388,11 +384,13 @@ def _load_parts(self: BioJEPA, arrays, facts):
         bad = [k for k, v in own.items() if v.dtype.kind == "f" and np.isnan(v).any()]
         if bad: raise BadModel(f"the array {bad[0]!r} of the closed form holds NaN: fit the model again")
         self.closed_form = ClosedForm.from_state(own, facts["closed_form"], self.table)
+    new = below(arrays, "new_line_answers."), facts.get("new_line_answers")
+    if new[1]: self.new_line_answers = NewLineAnswers.from_state(*new, self.closed_form)
     if "decoder0.weight" not in arrays: return
     shape = self.model.config.n_genes, self.model.config.width
     self.decoders = tuple(
         put_weights(Decoder(*shape), _tensors(arrays, f"decoder{i}.")) for i in range(2)
     )
 
-# %% ../nbs/59_estimator.ipynb #c056
+# %% ../nbs/59_estimator.ipynb #c058
 document(globals())

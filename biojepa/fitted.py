@@ -38,6 +38,7 @@ class BioJEPA:
         self.split = None
         self.decoders = None
         self.gate = 1.0        # the network's share
+        self.new_line_answers = None # the shipped network, for lines without treated cells
         self.stretch = 1.0     # factor of the standard deviations, set by calibration
         self.seed = 0
         self.modes = {}        # target -> its mode in training
@@ -82,6 +83,8 @@ def what_answers(self: BioJEPA) -> str:
     if self.model.config.preset != "base": return _DECODED
     if self.closed_form is None: return "the network alone, without the closed form"
     if self.gate: return f"the closed form, and the network with a share of {self.gate:.2f}"
+    new = self.new_line_answers
+    if new is not None: return f"the closed form; in lines without treated cells {new.describe()}"
     tried = "training" in self.history
     why = "validation did not improve with it" if tried else "none was trained; network=True does"
     return f"the closed form alone; the network's share is 0.00 ({why})"
@@ -226,7 +229,9 @@ def moments(self: BioJEPA,
         known = control_means(cells, cell_types)
         mean, std = self.closed_form.predict(actions, cell_types, known)
     if self.gate: mean = mean + self.gate * self.change(cells, encoded, cell_types)
-    return mean, self._widen(actions, mean, std * self.stretch)
+    std = self._widen(actions, mean, std * self.stretch)
+    if self.new_line_answers is None: return mean, std
+    return self.new_line_answers(cells, actions, cell_types, mean, std)
 
 @patch
 def _widen(self: BioJEPA, actions, mean, std):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'EPOCHS', 'OPTIONS', 'TEACHER', 'TOGETHER', 'MOST_CPU_DAYS', 'as_epochs', 'schedule', 'cells_per_step',
-           'asks_network', 'Cost', 'measure', 'estimate', 'approve']
+           'asks_network', 'Cost', 'measure', 'estimate', 'approve', 'only_cells']
 
 # %% ../nbs/58_schedule.ipynb #c003
 import time, warnings
@@ -16,6 +16,7 @@ import torch
 from .patching import document, patch
 from .cells import CONTROL
 from .sets import SetSampler
+from .gene_sets import BadGeneSets
 from .perturbations import actions_of
 from .featurizers import MissingFeatures
 from .loop import pick_precision
@@ -226,5 +227,15 @@ def approve(
         "lower epochs (--epochs) or take size='small' (--size small); yes=True (--yes) begins it all the same"
     )
 
-# %% ../nbs/58_schedule.ipynb #c033
+def only_cells(
+    sets, # gene sets, or None
+    size: str, # of the fit
+    epochs, # of the fit
+) -> None:
+    "Refuse for signatures what only a model of cells has: BadGeneSets, ValueError."
+    if sets: raise BadGeneSets("signatures have no pathway tokens: leave out gene_sets=")
+    if size != "small" or epochs is not None:
+        raise ValueError("a model of signatures has one size: leave size= and epochs= out")
+
+# %% ../nbs/58_schedule.ipynb #c034
 document(globals())

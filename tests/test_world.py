@@ -1,9 +1,16 @@
 "A network of no gene in particular: its inputs, its weights, and the gate before it."
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import biojepa as bj
+from biojepa.effects import control_means
+from biojepa.loop import BadModel
+from biojepa.new_line_answers import shipped_network
 from biojepa.relations import Lines, elsewhere, lines_of, relations, transfer
+from biojepa.splits import Split
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +51,89 @@ def test_a_drug_has_no_target_and_a_gene_has_itself(screen):
 def test_lines_that_are_alike_predict_each_other(screen):
     lines = screen[1]
     assert transfer(lines.take([1, 1]))[1] > transfer(lines)[1]
+
+
+# the weights that the package carries, and how they came about
+
+def benchmark():
+    "benchmarks/worlds.py as a module."
+    path = Path(__file__).resolve().parents[1] / "benchmarks/worlds.py"
+    spec = importlib.util.spec_from_file_location("worlds", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_package_carries_weights_and_their_card():
+    network, card = shipped_network()
+    folder = Path(bj.__file__).parent / "weights/world"
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 10e6
+    assert card["worlds"] and card["steps"] and card["losses"] and card["prior"]
+    setup = (Path(__file__).resolve().parents[1] / "setup.py").read_text()
+    assert "weights/*/*" in setup  # a plain install has them
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    folder = Path(bj.__file__).parent / "weights/world"
+    for f in folder.iterdir(): (tmp_path / f.name).write_bytes(f.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\1\1")
+    with pytest.raises(BadModel, match="sha256"): shipped_network(tmp_path)
+
+
+def test_training_goes_on_where_it_stopped(tmp_path):
+    worlds = benchmark()
+    how = dict(n_genes=50, n_perturbations=6, cells_per_perturbation=8, n_controls=30, cell_types=3)
+    small = dict(worlds=2, out=tmp_path / "weights", pool_size=3, stopping=[900], report=2, options=how)
+    worlds.train(tmp_path, steps=2, **small)
+    best = worlds.train(tmp_path, steps=4, **small)
+    network, card = shipped_network(tmp_path / "weights")
+    assert card["worlds"] == 2 and [row[0] for row in card["losses"]] == [2, 4]
+    assert best["step"] == card["steps"] and network.shape["layers"] == 3
+
+
+# preset='world'
+
+@pytest.fixture(scope="module")
+def model(screen):
+    cells = screen[0]
+    cells = cells[(cells.obs.cell_type != "LINE3").to_numpy() | (cells.obs.perturbation == "control").to_numpy()].copy()
+    names = sorted(set(cells.obs.perturbation.astype(str)) - {"control"})
+    plan = Split("own", 0, train=names, val=[], test=[])
+    return cells, names, bj.BioJEPA.fit(cells, plan, preset="world", progress=False)
+
+
+def test_world_answers_for_new_lines_only(model, monkeypatch):
+    cells, names, fitted = model
+    form = fitted.predict(cells, names, "LINE3")
+    assert "lines without treated cells" in fitted.what_answers() and fitted.gate == 0
+    assert len(fitted.new_line_answers.gain) == 3
+    monkeypatch.setattr(fitted.new_line_answers, "share", 1.0)  # as if the gate had opened
+    new, old = fitted.predict(cells, names, "LINE3"), fitted.predict(cells, names, "LINE1")
+    assert not np.allclose(new.layers["delta"], fitted.closed_form.predict(*asked(fitted, cells, names, "LINE3"))[0])
+    assert np.allclose(old.layers["delta"], fitted.closed_form.predict(*asked(fitted, cells, names, "LINE1"))[0], atol=1e-5)
+    assert np.isfinite(new.layers["std"]).all() and (new.layers["std"] >= 0).all()
+    for i, n in enumerate(names):  # the perturbed gene itself is left to the closed form
+        if n in cells.var_names: assert np.isclose(new[i, n].X.item(), form[i, n].X.item(), atol=1e-6)
+
+
+def asked(fitted, cells, names, line):
+    actions = [fitted._action(n, None, None, None) for n in names]
+    return actions, [line] * len(names), control_means(cells)
+
+
+def test_world_is_saved_with_its_lines(model, tmp_path, monkeypatch):
+    cells, names, fitted = model
+    monkeypatch.setattr(fitted.new_line_answers, "share", 0.7)
+    fitted.save(tmp_path)
+    back = bj.BioJEPA.load(tmp_path)
+    a, b = (m.predict(cells, names, "LINE3") for m in (fitted, back))
+    assert np.allclose(a.layers["delta"], b.layers["delta"], atol=1e-4)
+    assert np.allclose(a.layers["std"], b.layers["std"], atol=1e-4)
+    assert back.what_answers() == fitted.what_answers()
+
+
+def test_world_stands_on_the_closed_form(model):
+    cells, names, fitted = model
+    with pytest.raises(ValueError, match="closed form"):
+        bj.BioJEPA.fit(cells, fitted.split, preset="world", closed_form=False, progress=False)
