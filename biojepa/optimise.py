@@ -146,20 +146,23 @@ def by_gradient(
     n_actions: int = 1, # at most so many parts
     starts: int = 12, # vectors from which descent begins
     near: int = 60, # real actions that are tried for each vector
+    known: dict | None = None, # single candidates that were scored already: (number,) -> score
 ) -> tuple: # every action that was scored -> its score; number of parts -> Descent
     """Optimised vectors, mapped to the real candidates near them.
 
-    Starts are the candidates that score best alone among those nearest to training targets; of the
-    best combinations, each part is exchanged for other good ones.
+    Starts are the best single candidates among those known and those nearest to training targets;
+    of the best combinations, each part is exchanged for other good ones.
     """
-    scored = {}
+    scored = dict(known or {})
     def add(actions):
         new = [t for t in dict.fromkeys(actions) if t not in scored]
         if new: scored.update(zip(new, map(float, score(new))))
     add([(int(i),) for i in np.unique(neighbours(form.x.numpy(), x, 1))])
-    first = [t[0] for t in sorted(scored, key=scored.get, reverse=True)]
     found = {}
     for k in range(1, n_actions + 1):
+        first = [
+            t[0] for t in sorted((t for t in scored if len(t) == 1), key=scored.get, reverse=True)
+        ]
         some = _combinations(first, k)[:starts]
         found[k] = descend(form, wanted, weight, mode, x[np.array(some)])
         add(some)

@@ -143,4 +143,23 @@ def plot_trajectory(
     return figure
 
 # %% ../nbs/71_plan_figures.ipynb #c023
+@patch
+def plot_truth(self: Plan,
+    truth: pd.DataFrame, # true or later measured effects, perturbations x genes
+    n: int = 40, # candidates that are shown
+): # a matplotlib figure
+    "Predicted against true share of the gap, with the intervals of the predictions."
+    rows = self.table[self.table.perturbation.isin(truth.index)].head(n)
+    known = truth.loc[rows.perturbation, list(self.effects.columns)].to_numpy(float)
+    true = self.goal.closed(known, perturbed(rows.perturbation, list(self.effects.columns)))
+    figure, ax = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
+    ax.hlines(true, rows.low, rows.high, color="0.85", lw=2)
+    ax.plot(rows.gap_closed, true, ".", color="tab:blue")
+    ends = [min(rows.gap_closed.min(), true.min()), 1]
+    ax.plot(ends, ends, color="0.5", lw=.8)
+    ax.annotate(rows.perturbation.iloc[0], (rows.gap_closed.iloc[0], true[0]), fontsize=7)
+    ax.set(xlabel="predicted share of the gap, 90 % interval", ylabel="true share of the gap")
+    return figure
+
+# %% ../nbs/71_plan_figures.ipynb #c026
 document(globals())

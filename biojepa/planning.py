@@ -125,7 +125,7 @@ def search(
     def score(actions): return question.judge(actions)[0]
     vectors = {}
     if way == "cem": scores = cem(score, _features(question), n_actions, seed=seed)
-    else: scores, vectors = _descended(question, score, n_actions)
+    else: scores, vectors = _descended(question, score, n_actions, alone.scores)
     return Found(alone.scores | scores, alone.best, alone.chance, vectors)
 
 def _features(question):
@@ -149,7 +149,7 @@ def _mode(question):
     modes = [m for _, m in question.model.closed_form.prior.targets]
     return question.mode or max(sorted(set(modes)), key=modes.count)
 
-def _descended(question, score, n_actions):
+def _descended(question, score, n_actions, alone):
     "`by_gradient` over the candidates with features, numbered as in the question."
     if not isinstance(question.goal, Change):
         raise BadGoal(
@@ -163,9 +163,10 @@ def _descended(question, score, n_actions):
     wanted = question.goal.wanted
     if question.fixed: wanted = wanted - question.ask([()]).layers["delta"][0]
     def own(actions): return [tuple(int(at[i]) for i in t) for t in actions]
+    scored = {(i,): alone[n,] for i, n in enumerate(map(int, at)) if (n,) in alone}
     scores, vectors = by_gradient(
         lambda actions: score(own(actions)), x[at].astype(float), form, wanted,
-        question.goal.weight, _mode(question), n_actions,
+        question.goal.weight, _mode(question), n_actions, known=scored,
     )
     return dict(zip(own(scores), scores.values())), vectors
 
