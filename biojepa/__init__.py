@@ -15,8 +15,9 @@ _API = {
     "plan": "planning", "signature": "goals", "sets_goal": "goals", "latent_distance": "goals",
     "plan_steps": "plan_steps",
     "combine": "combinations",
-    "safety": "safety", "Head": "heads", "held_out_effects": "heads",
+    "safety": "safety", "Head": "heads", "held_out_effects": "heads", "analogues": "analogues",
     "pathway_edges": "pathway_edges",
+    "needed_genes": "needed_genes",
     "to_cell_eval": "evaluator_files",
 }
 __all__ = list(_API)

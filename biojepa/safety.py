@@ -284,5 +284,5 @@ def plot(self: Safety,
     ax.set_title(readout, fontsize=9)
     return figure
 
-# %% ../nbs/71_safety.ipynb #c041
+# %% ../nbs/71_safety.ipynb #c043
 document(globals())

@@ -123,3 +123,18 @@ def test_from_a_shell(fitted, tmp_path):
     for more, word in (([], "name a candidate"), (["X", "--labels", "dead"], "NAME=FILE"), ([fold.test[0], "--target", "LIVER"], "LIVER")):
         wrong = CliRunner().invoke(app, [*words, *more])
         assert isinstance(wrong.exception, ValueError) and word in str(wrong.exception)
+
+
+def test_analogues_are_near_valid_and_new():
+    pytest.importorskip("rdkit")
+    from rdkit import Chem
+    from biojepa.analogues import TradeOff, accessibility
+    start = "COc1ccc(CC(=O)O)cc1Cl"
+    table = bj.analogues(start, least=0.3)
+    assert len(table) > 8 and table.smiles.is_unique and start not in set(table.smiles)
+    assert all(Chem.MolFromSmiles(s) is not None for s in table.smiles)
+    assert (table.accessibility <= accessibility(start) + 1).all() and table.similarity.is_monotonic_decreasing
+    assert "acid to tetrazole" in set(table.change) and not table.smiles.str.contains("C(=O)F", regex=False).any()
+    values = np.random.default_rng(0).random((2, len(table)))
+    trade = TradeOff(table.assign(perturbation=table.smiles, wanted=values[0], harm=values[1]))
+    assert trade.table.front.iloc[0] and trade.table.wanted[0] == values[0].max()
