@@ -17,6 +17,7 @@ _API = {
     "combine": "combinations",
     "safety": "safety", "Head": "heads", "held_out_effects": "heads", "analogues": "analogues",
     "pathway_edges": "pathway_edges",
+    "needed_genes": "needed_genes",
     "to_cell_eval": "evaluator_files",
 }
 __all__ = list(_API)

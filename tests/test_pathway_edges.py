@@ -4,9 +4,10 @@ import pandas as pd
 import pytest
 
 import biojepa as bj
+from biojepa.effects import control_means
 from biojepa.gene_sets import BadGeneSets
 from biojepa.network import Recipe
-from biojepa.pathway_edges import beyond_mean, membership, set_scores
+from biojepa.pathway_edges import membership, set_scores, specific
 from biojepa.simulator import network_of
 
 WIRES = ((0, 1, 1), (0, 2, 1), (3, 4, -1), (4, 5, 1), (6, 5, -1), (2, 7, 1), (6, 3, 1))
@@ -30,8 +31,9 @@ def planted():
 def test_arrows_agree_with_what_the_network_does(planted):
     cells, model, sets = planted
     answer = bj.pathway_edges(model, cells, sets)
+    level = control_means(cells)["LINE0"]
     own = membership(sets, cells.var_names)
-    truth, _ = set_scores(beyond_mean(-bj.true_effects(cells, list(cells.var_names))), own, own)
+    truth, _ = set_scores(specific(-bj.true_effects(cells, list(cells.var_names)), level), own, own)
     truth = pd.DataFrame(truth, list(sets), list(sets))
     assert not answer.abstains
     for r in answer.arrows.itertuples(): assert r.sign == np.sign(truth.loc[r.source, r.target])
