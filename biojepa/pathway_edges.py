@@ -21,7 +21,7 @@ from .gene_sets import BadGeneSets, read_gene_sets
 from .asked import targets_of
 from .signature_model import SignatureModel
 from .planning import _only_context
-from .arrows import Edges, averages, edge_table, membership, random_set_p, set_scores
+from .arrows import NO_EDGES, Edges, averages, edge_table, membership, random_set_p, set_scores
 from .attention_edges import NoAttention, by_attention
 
 # %% ../nbs/73_pathway_edges.ipynb #c009
@@ -217,7 +217,7 @@ def pathway_edges(
     for name in WAYS if way == "both" else [way]:
         try: tables.append(WAYS[name](model, cells, sets, cell_type, seed))
         except NoAttention as e: remark = str(e)
-    if not tables: return Edges(edge_table([], *np.zeros((4, 0, 0)), way), remark, alpha)
+    if not tables: return Edges(NO_EDGES, remark, alpha)
     table = pd.concat(tables, ignore_index=True)
     found = (table.q <= alpha).any()
     reason = "" if found else f"none of {len(table)} pairs of sets has q at or below {alpha:g}"
