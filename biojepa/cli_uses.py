@@ -114,9 +114,13 @@ def plan_command(
     targets: int = typer.Option(1, help="At most so many targets at once."),
     way: str = typer.Option("exhaustive", help="Search: exhaustive, cem or gradient."),
     only: Optional[Path] = typer.Option(None, help="Targets that may be hit, one a line."),
-    forbidden: Optional[Path] = typer.Option(None, help="Targets that may not, such as essential genes."),
+    forbidden: Optional[Path] = typer.Option(
+        None, help="Targets that may not, such as essential genes."
+    ),
     fixed: Optional[str] = typer.Option(None, help="Regimen that is part of every action: A+B."),
-    dose: Optional[List[float]] = typer.Option(None, help="A dose to try; may be repeated; else 1."),
+    dose: Optional[List[float]] = typer.Option(
+        None, help="A dose to try; may be repeated; else 1."
+    ),
     cell_type: Optional[str] = TYPE,
     out: Path = typer.Option(Path("plan.html"), help="The page; the table is written beside it."),
 ):
@@ -125,7 +129,9 @@ def plan_command(
     Example: biojepa plan runs/base cells.h5ad --from state=resistant --to state=sensitive
     """
     from biojepa.planning import plan
-    check_outputs([out, out.with_suffix(".csv")], [model, cells, goal, candidates, sets, only, forbidden])
+    check_outputs(
+        [out, out.with_suffix(".csv")], [model, cells, goal, candidates, sets, only, forbidden]
+    )
     data = read_prepared(cells)
     wanted = goal_of(data, goal, to, up, down, sets)
     begin = None if start in (None, "control") else state_of(data, start)
@@ -140,8 +146,16 @@ def plan_command(
 def combine_command(
     model: Path = MODEL,
     cells: Path = CELLS,
-    names: Optional[List[str]] = typer.Argument(None, help="Targets, for all their pairs; or pairs A+B."),
+    names: Optional[List[str]] = typer.Argument(
+        None, help="Targets, for all their pairs; or pairs A+B."
+    ),
     candidates: Optional[Path] = typer.Option(None, help="The names in a file, one a line."),
+    size: int = typer.Option(2, help="Targets at once: 2 or 3."),
+    regimen: Optional[str] = typer.Option(None, help="What each target is added to: A+B."),
+    to: Optional[str] = typer.Option(
+        None, help="Wanted state, column=value: order by the gap closed."
+    ),
+    start: Optional[str] = typer.Option(None, "--from", help="Cells to start from; else controls."),
     cell_type: Optional[str] = TYPE,
     out: Path = typer.Option(Path("pairs.html"), help="The page; the table is written beside it."),
 ):
@@ -153,7 +167,11 @@ def combine_command(
     check_outputs([out, out.with_suffix(".csv")], [model, cells, candidates])
     asked = [*(names or ()), *(read_names(candidates) or ())]
     if not asked: raise ValueError("name two targets or more, or --candidates FILE")
-    write_answer(combine(load_model(model), read_prepared(cells), asked, cell_type), out)
+    data = read_prepared(cells)
+    goal = state_of(data, to) if to else None
+    begin = None if start in (None, "control") else state_of(data, start)
+    how = dict(size=size, regimen=regimen, goal=goal, start=begin)
+    write_answer(combine(load_model(model), data, asked, cell_type, **how), out)
 
 # %% ../nbs/83_cli_uses.ipynb #c019
 document(globals())

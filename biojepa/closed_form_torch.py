@@ -99,7 +99,7 @@ def parts(self: TorchClosedForm,
     alone = [Action((Part(t, m),)) for t, m in keys]
     terms = self.form.terms(alone, [self.context] * len(keys), self.control) if keys else {}
     smoother = self.form.prior.smoother
-    x, known = smoother.features(keys, self.source) if keys else (np.zeros((0, self.x.shape[1])), [])
+    x, known = smoother.features(keys, self.source) if keys else ([], [])
     seen = set(smoother.targets)
     N, A = len(actions), max([1, *map(len, actions)])
     out = self._empty(N, A)

@@ -206,7 +206,7 @@ TOP = float(np.log1p(1e4))  # the largest log1p of counts per 10,000: all counts
 
 @patch
 def _rows(self: BioJEPA, cells, names, cell_type, mode, dose, time, symbols):
-    "Actions, and obs of the answer: one row per context and name, with support and what is missing."
+    "Actions, and obs of the answer: a row per context and name, with support and what is missing."
     control = (cells.obs.perturbation == CONTROL).values
     types = [cell_type] if cell_type else sorted(set(cells.obs.cell_type[control]))
     if not types: raise BadCells("no control cells: a prediction starts from them; keep them in `cells`")
@@ -223,7 +223,7 @@ def _rows(self: BioJEPA, cells, names, cell_type, mode, dose, time, symbols):
     far = [c for c in types if near[c] < 0.5]
     if far:
         warnings.warn(
-            f"the controls of cell type {far[0]!r} are far from those of training: the support is lower",
+            f"the controls of cell type {far[0]!r} are far from those of training: lower support",
             OutsideTraining,
             stacklevel=3,
         )
@@ -287,7 +287,7 @@ def _answer(self: BioJEPA, cells, obs, delta, std):
 
 @patch
 def _as_cells(self: BioJEPA, cells, rows, n):
-    "Control cells moved by the predicted effect: n cells per row, expression within what it can be."
+    "Control cells moved by the predicted effect, n per row; expression within what it can be."
     states = self._contexts(cells, list(rows.obs.cell_type), n)
     blocks = []
     for delta, c in zip(rows.layers["delta"], rows.obs.cell_type):

@@ -43,7 +43,8 @@ def sets_goal(
 ) -> pd.Series: # gene -> wanted change
     "A goal from named gene sets. Raises BadGoal for a name that is not there."
     known = read_gene_sets(sets)
-    if up is None and down is None: raise BadGoal("name the set that should go up, or down, or both")
+    if up is None and down is None:
+        raise BadGoal("name the set that should go up, or down, or both")
     for name in (up, down):
         if name is not None and name not in known:
             raise BadGoal(f"no gene set {name!r}; there are {', '.join(list(known)[:5])}")
@@ -218,7 +219,10 @@ class Energy:
         "Energy of the start moved by each effect."
         out = np.asarray(self.energy(np.maximum(self.base + effect, 0)), float)
         if out.shape != (len(effect),) or not np.isfinite(out).all():
-            raise BadGoal(f"the goal's function gives {out.shape} for {len(effect)} states; it must be one number each")
+            raise BadGoal(
+                f"the goal's function gives {out.shape} for {len(effect)} states; "
+                "it must be one number each"
+            )
         return out
 
     def closed(self,
@@ -288,7 +292,8 @@ def as_goal(
         if cell_type is not None: control &= (cells.obs.cell_type == cell_type).to_numpy()
         return Energy(goal, state_mean(control if start is None else start, cells, genes)[0])
     unknown = ()
-    if isinstance(goal, (pd.Series, dict)): unknown = sorted(set(pd.Series(goal).index) - set(genes))
+    if isinstance(goal, (pd.Series, dict)):
+        unknown = sorted(set(pd.Series(goal).index) - set(genes))
     return Change(*wanted_change(goal, cells, genes, start, cell_type), unknown)
 
 # %% ../nbs/70_goals.ipynb #c037

@@ -23,7 +23,9 @@ def names_of(
 ) -> list: # of names, each once
     "Names, wherever they are. Raises BadGoal for a file without any."
     if isinstance(names, (str, Path)):
-        names = [n.strip() for n in Path(names).read_text(encoding="utf-8").splitlines() if n.strip()]
+        names = [
+            n.strip() for n in Path(names).read_text(encoding="utf-8").splitlines() if n.strip()
+        ]
         if not names: raise BadGoal("the file of names holds none; write one a line")
     return list(dict.fromkeys(names))
 
@@ -40,7 +42,8 @@ def allowed(
     left = [n for n in some if not no & set(parts(n)) and (yes is None or yes >= set(parts(n)))]
     if not left:
         raise BadGoal(
-            f"none of {len(some)} candidates, such as {some[0]!r}, is left: all are forbidden, or not "
+            f"none of {len(some)} candidates, such as {some[0]!r}, is left: all "
+            "are forbidden, or not "
             "in only="
         )
     return left
@@ -67,7 +70,8 @@ def combinations_of(
     count = sum(np.prod([(N - i) / (i + 1) for i in range(k)]) for k in range(1, n_actions + 1))
     if count > most:
         raise BadGoal(
-            f"{N} candidates make {count:.0f} combinations, more than {most}; give fewer, or search "
+            f"{N} candidates make {count:.0f} combinations, more than {most}; "
+            "give fewer, or search "
             "them with way='cem' or way='gradient'"
         )
     sizes = range(1, n_actions + 1)
@@ -90,8 +94,8 @@ def predicted_harm(
 ) -> np.ndarray: # [P]
     "Harm of each action. Raises BadGoal for something that gives no number for each."
     out = harm.predict(effects) if hasattr(harm, "predict") else harm(effects)
-    if isinstance(out, pd.DataFrame): out = out.iloc[:, 0]
-    out = np.asarray(out, float)
+    if isinstance(out, pd.DataFrame): out = out["value"] if "value" in out else out.iloc[:, 0]
+    out = np.asarray(out, float) * (-1 if getattr(harm, "harm", "high") == "low" else 1)
     if out.shape != (len(effects),) or not np.isfinite(out).all():
         raise BadGoal(
             f"harm= gives {out.shape} for {len(effects)} actions; it must be one number for each"

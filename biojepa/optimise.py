@@ -38,7 +38,9 @@ def refit(
     "The distribution of the elites: themselves, their neighbours in features, and a tenth for all."
     parts = np.array([i for t in elites for i in t])
     own = np.bincount(parts, minlength=len(x)) / len(parts)
-    square = ((x[:, None] - x[parts][None]) ** 2).sum(-1) if len(x) <= 2000 else _squares(x, x[parts])
+    square = (
+        ((x[:, None] - x[parts][None]) ** 2).sum(-1) if len(x) <= 2000 else _squares(x, x[parts])
+    )
     spread = max(square.mean() / 8, 1e-12)
     near = np.exp(-square / (2 * spread)).sum(1)
     return 0.45 * own + 0.45 * near / near.sum() + 0.1 / len(x)
@@ -94,7 +96,8 @@ def descend(
         optimiser.zero_grad()
         left().sum().backward()
         optimiser.step()
-        with torch.no_grad(): x *= (longest / x.norm(dim=-1, keepdim=True).clamp(min=1e-9)).clamp(max=1)
+        with torch.no_grad():
+            x *= (longest / x.norm(dim=-1, keepdim=True).clamp(min=1e-9)).clamp(max=1)
     with torch.no_grad(): closed = (1 - left()).numpy()
     order = np.argsort(-closed, kind="stable")
     return Descent(x.detach().numpy()[order], closed[order])
@@ -119,6 +122,20 @@ def inside(
     return _squares(vectors, x).min(1) <= np.quantile(among.min(1), level)
 
 # %% ../nbs/70_optimise.ipynb #c019
+def _exchanged(actions, first):
+    "Actions with one part exchanged for another of the best single candidates."
+    each = ((t, i, j) for t in actions for i in t for j in first[:100] if j not in t)
+    return [tuple(sorted({*t, j} - {i})) for t, i, j in each]
+
+def _combinations(first, k):
+    "Combinations of k of the best, those of the best first."
+    out = [()]
+    rank = {t: i for i, t in enumerate(first)}
+    for _ in range(k):
+        out = [(*t, i) for t in out for i in first[:24] if not t or rank[i] > rank[t[-1]]]
+    return [tuple(sorted(t)) for t in sorted(out, key=lambda t: sum(rank[i] for i in t))]
+
+# %% ../nbs/70_optimise.ipynb #c021
 def by_gradient(
     score, # callable: list of tuples of candidate numbers -> array; larger is better
     x: np.ndarray, # [N, F] features of the candidates, as the closed form reads them
@@ -129,19 +146,23 @@ def by_gradient(
     n_actions: int = 1, # at most so many parts
     starts: int = 12, # vectors from which descent begins
     near: int = 60, # real actions that are tried for each vector
+    known: dict | None = None, # single candidates that were scored already: (number,) -> score
 ) -> tuple: # every action that was scored -> its score; number of parts -> Descent
     """Optimised vectors, mapped to the real candidates near them.
 
-    Starts are the candidates that score best alone among those nearest to training targets.
+    Starts are the best single candidates among those known and those nearest to training targets;
+    of the best combinations, each part is exchanged for other good ones.
     """
-    scored = {}
+    scored = dict(known or {})
     def add(actions):
         new = [t for t in dict.fromkeys(actions) if t not in scored]
         if new: scored.update(zip(new, map(float, score(new))))
     add([(int(i),) for i in np.unique(neighbours(form.x.numpy(), x, 1))])
-    first = [t[0] for t in sorted(scored, key=scored.get, reverse=True)]
     found = {}
     for k in range(1, n_actions + 1):
+        first = [
+            t[0] for t in sorted((t for t in scored if len(t) == 1), key=scored.get, reverse=True)
+        ]
         some = _combinations(first, k)[:starts]
         found[k] = descend(form, wanted, weight, mode, x[np.array(some)])
         add(some)
@@ -149,13 +170,9 @@ def by_gradient(
             each = neighbours(vectors, x, max(int(np.ceil(near ** (1 / k))), 2))
             grid = np.stack(np.meshgrid(*each, indexing="ij"), -1).reshape(-1, k)
             add([tuple(sorted(set(map(int, row)))) for row in grid])
+        for _ in range(2 if k > 1 else 0):
+            add(_exchanged(sorted(scored, key=scored.get, reverse=True)[:3], first))
     return scored, found
 
-def _combinations(first, k):
-    "Combinations of k of the best, those of the best first."
-    out = [()]
-    for _ in range(k): out = [(*t, i) for t in out for i in first[:24] if not t or first.index(i) > first.index(t[-1])]
-    return [tuple(sorted(t)) for t in sorted(out, key=lambda t: sum(map(first.index, t)))]
-
-# %% ../nbs/70_optimise.ipynb #c022
+# %% ../nbs/70_optimise.ipynb #c024
 document(globals())

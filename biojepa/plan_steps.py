@@ -26,7 +26,8 @@ def times_of(
     if len(out) > 1: return out
     had = f"{out[0]:g} h" if out else "none that was recorded"
     raise BadGoal(
-        f"actions one after the other need a screen with two times or more in obs.time; these cells "
+        "actions one after the other need a screen with two times or more in "
+        "obs.time; these cells "
         f"have {had}: ask for one step, or for a pair at once with n_actions=2"
     )
 
@@ -57,7 +58,8 @@ def plan_steps(
 ) -> Plan:
     "Rank sequences of actions, written 'A, B': first A, then B. Raises BadGoal."
     times_of(cells)
-    if model.closed_form is None: raise BadGoal("steps are predicted by the closed form, which this model lacks")
+    if model.closed_form is None:
+        raise BadGoal("steps are predicted by the closed form, which this model lacks")
     cell_type = cell_type or _only_context(cells)
     target = as_goal(goal, cells, list(model.genes), start, cell_type)
     names = allowed(possible(model, candidates), only, forbidden)
@@ -69,7 +71,10 @@ def plan_steps(
     p_value = (1 + (chance >= beam[0][0]).sum()) / (1 + len(chance))
     every = list(beam)
     for _ in range(steps - 1):
-        beam = sorted((s for b in beam[:keep] for s in _longer(model, target, begin, names, b)), key=_best_first)
+        beam = sorted(
+            (s for b in beam[:keep] for s in _longer(model, target, begin, names, b)),
+            key=_best_first,
+        )
         every += beam[:SHOWN]
     return _sequences(model, target, sorted(every, key=_best_first)[:SHOWN], p_value, alpha)
 

@@ -125,7 +125,7 @@ def search(
     def score(actions): return question.judge(actions)[0]
     vectors = {}
     if way == "cem": scores = cem(score, _features(question), n_actions, seed=seed)
-    else: scores, vectors = _descended(question, score, n_actions)
+    else: scores, vectors = _descended(question, score, n_actions, alone.scores)
     return Found(alone.scores | scores, alone.best, alone.chance, vectors)
 
 def _features(question):
@@ -149,10 +149,12 @@ def _mode(question):
     modes = [m for _, m in question.model.closed_form.prior.targets]
     return question.mode or max(sorted(set(modes)), key=modes.count)
 
-def _descended(question, score, n_actions):
+def _descended(question, score, n_actions, alone):
     "`by_gradient` over the candidates with features, numbered as in the question."
     if not isinstance(question.goal, Change):
-        raise BadGoal("descent needs a wanted change per gene; a function is searched with way='cem'")
+        raise BadGoal(
+            "descent needs a wanted change per gene; a function is searched with way='cem'"
+        )
     form = _torch_form(question)
     keys = [(n, _mode(question)) for n in question.names]
     x, known = form.form.prior.smoother.features(keys, form.source)
@@ -161,9 +163,10 @@ def _descended(question, score, n_actions):
     wanted = question.goal.wanted
     if question.fixed: wanted = wanted - question.ask([()]).layers["delta"][0]
     def own(actions): return [tuple(int(at[i]) for i in t) for t in actions]
+    scored = {(i,): alone[n,] for i, n in enumerate(map(int, at)) if (n,) in alone}
     scores, vectors = by_gradient(
         lambda actions: score(own(actions)), x[at].astype(float), form, wanted,
-        question.goal.weight, _mode(question), n_actions,
+        question.goal.weight, _mode(question), n_actions, known=scored,
     )
     return dict(zip(own(scores), scores.values())), vectors
 
@@ -174,7 +177,8 @@ class Plan(Result):
     note = (
         "gap_closed: share of the weighted squared distance to the goal that the predicted effect "
         "closes; 1 is the goal, 0 is no change. low and high: 90 % interval. distance: root mean "
-        "square, log1p of counts per 10,000. The perturbed gene is left out on both sides. support: "
+        "square, log1p of counts per 10,000. The perturbed gene is left out on "
+        "both sides. support: "
         "nearness to the perturbations of training."
     )
 
@@ -275,8 +279,10 @@ def _no_answer(goal, best, p_value, alpha, regimen=None):
     if goal.reached: return "the goal is where the start is, within the scatter of the cells"
     if best == -np.inf: return "every candidate is over the cap on harm"
     if best <= 0: return "no candidate comes nearer to the goal than doing nothing"
-    if regimen is not None and best <= regimen: return "no candidate closes more than the regimen alone"
-    if p_value > alpha: return "no candidate closes more of the gap than for goals with shuffled genes"
+    if regimen is not None and best <= regimen:
+        return "no candidate closes more than the regimen alone"
+    if p_value > alpha:
+        return "no candidate closes more of the gap than for goals with shuffled genes"
     return ""
 
 def _answer(questions, found, alpha):
@@ -288,14 +294,18 @@ def _answer(questions, found, alpha):
     p_value = (1 + (chance >= max(f.best for f in found)).sum()) / (1 + len(chance))
     regimen = float(first.judge([()])[0][0]) if first.fixed else None
     reason = _no_answer(first.goal, rows[order[0]][0], p_value, alpha, regimen)
-    blocks = [_rows(q, [rows[i] for i in order if rows[i][1] == k]) for k, q in enumerate(questions)]
+    blocks = [
+        _rows(q, [rows[i] for i in order if rows[i][1] == k]) for k, q in enumerate(questions)
+    ]
     table = pd.concat([t for t, _ in blocks if len(t)])
     effects = np.concatenate([e for _, e in blocks if len(e)])
     at = np.argsort(-table.gap_closed.to_numpy(), kind="stable")
     table = _without_constants(table.iloc[at].reset_index(drop=True), len(questions))
     shown = pd.DataFrame(effects[at], table.perturbation, list(first.model.genes))
     vectors = pd.concat([_vectors(q, f) for q, f in zip(questions, found)], ignore_index=True)
-    return Plan(table, shown, first.goal, reason, p_value, regimen, vectors if len(vectors) else None)
+    return Plan(
+        table, shown, first.goal, reason, p_value, regimen, vectors if len(vectors) else None
+    )
 
 # %% ../nbs/70_planning.ipynb #c025
 def _rows(question, rows):
@@ -371,5 +381,5 @@ def _largest(ax, effect, n=12):
     ax.barh(top.index, top, color="tab:blue")
     ax.set_xlabel("predicted change, log1p")
 
-# %% ../nbs/70_planning.ipynb #c044
+# %% ../nbs/70_planning.ipynb #c043
 document(globals())

@@ -60,7 +60,10 @@ def as_epochs(
     if epochs is None: return dict(EPOCHS[size])
     out = dict.fromkeys(KINDS, epochs) if not isinstance(epochs, dict) else EPOCHS[size] | epochs
     odd = sorted(set(out) - set(KINDS))
-    if odd: raise ValueError(f"epochs names {odd[0]!r}, which is no stage: choose from {', '.join(KINDS)}")
+    if odd:
+        raise ValueError(
+            f"epochs names {odd[0]!r}, which is no stage: choose from {', '.join(KINDS)}"
+        )
     low = [k for k, n in out.items() if n < 0]
     if low: raise ValueError(f"epochs of {low[0]}: {out[low[0]]} is below zero; 0 leaves the stage out")
     return out
@@ -169,12 +172,15 @@ def measure(
 
 # %% ../nbs/58_schedule.ipynb #c024
 def _trial(owner, cells, configs, device, n):
-    "A function of nothing for each stage that gives its step with n cells, and the cells of that step."
+    "A function for each stage that gives its step with n cells, and the cells of that step."
     model = owner.model
     base = model.config.preset == "base"
     config = configs["training"]
     single = SetSampler(cells, m=1)
-    def pretraining(): return _pretraining_step(model, single, replace(configs["pretraining"], batch=n), 0, device)
+    def pretraining():
+        return _pretraining_step(
+            model, single, replace(configs["pretraining"], batch=n), 0, device
+        )
     def training():
         sampler = SetSampler(cells, m=config.cells) if base else single
         with warnings.catch_warnings():
@@ -224,7 +230,8 @@ def approve(
     if yes or cost.cpu_days <= MOST_CPU_DAYS: return
     raise ValueError(
         f"this fit would take {cost}: {cost.cpu_days:,.0f} CPU-days. Run it where there is a GPU, "
-        "lower epochs (--epochs) or take size='small' (--size small); yes=True (--yes) begins it all the same"
+        "lower epochs (--epochs) or take size='small' (--size small); yes=True (--yes) begins it "
+        "all the same"
     )
 
 def only_cells(

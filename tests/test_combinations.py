@@ -46,3 +46,39 @@ def test_no_pairs_no_claim():
     model = bj.BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
     answer = bj.combine(model, cells, list(fold.train[:4]))
     assert answer.abstains and "five" in answer.reason and len(answer.table) == 6
+
+
+@pytest.fixture(scope="module")
+def paired():
+    cells = bj.prepare(bj.simulate(n_genes=60, n_perturbations=30, n_doubles=24, cells_per_perturbation=30, seed=3), n_genes=60)
+    fold = bj.split(cells, "simulation", seed=0)
+    features = bj.simulated_features(cells)
+    return cells, fold, bj.BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
+
+
+def test_triples_regimens_and_goals(paired):
+    cells, fold, model = paired
+    names = [n for n in fold.train if "+" not in n][:5]
+    triples = bj.combine(model, cells, names, size=3)
+    assert len(triples.table) == 10 and all(len(n.split("+")) == 3 for n in triples.table.perturbation)
+    with pytest.raises(ValueError, match="pairs"): triples.plot_matrix()
+    regimen = "+".join(sorted(names[:2]))
+    on_top = bj.combine(model, cells, names, regimen=regimen)
+    assert set(on_top.table.perturbation) == {"+".join(sorted([*names[:2], n])) for n in names[2:]}
+    # beyond adding to the regimen, not to its parts
+    out = model.predict(cells, [regimen, names[2], "+".join(sorted(names[:3]))])
+    effect = pd.DataFrame(out.layers["delta"], out.obs.perturbation.astype(str).to_numpy())
+    gap = np.linalg.norm(effect.iloc[2] - effect.iloc[0] - effect.iloc[1])
+    row = on_top.table.set_index("perturbation").loc["+".join(sorted(names[:3]))]
+    assert np.isclose(row.interaction, on_top.calibration.slope * gap, rtol=1e-3)
+    goal = pd.Series(effect.iloc[2].to_numpy(), model.genes)
+    by_goal = bj.combine(model, cells, names, regimen=regimen, goal=goal)
+    assert by_goal.table.perturbation[0] == "+".join(sorted(names[:3])) and by_goal.table.gap_closed.is_monotonic_decreasing
+    with pytest.raises(ValueError, match="part of the regimen"): bj.combine(model, cells, names[:1], regimen=regimen)
+
+
+def test_the_heat_map_is_symmetric(paired):
+    cells, fold, model = paired
+    names = [n for n in fold.train if "+" not in n][:4]
+    image = bj.combine(model, cells, names).plot_matrix().axes[0].images[0].get_array()
+    np.testing.assert_allclose(np.ma.filled(image, 0), np.ma.filled(image, 0).T)
