@@ -49,7 +49,8 @@ def rescaled(
         still = np.abs(ratio - first) < 2 * np.sqrt(relative)  # genes that seem not to move
         factor = np.median(ratio[still]) if still.sum() > 4 else first
         noise = np.sqrt(np.pi / 2 * relative.mean() / max(still.sum(), 1))
-        error[n] = np.hypot(noise, factor - first)
+        bias = 1.85 * (1 - still.mean()) * np.median(np.abs(ratio - first))
+        error[n] = np.hypot(noise, abs(factor - first) + bias)
         X[at] = np.log1p(np.expm1(X[at]) / np.exp(factor))
     return X, pd.Series(error, dtype=float)
 
@@ -239,8 +240,8 @@ def verdicts(
     q = both.where(both <= alpha, rate(rows.p_screen, made))
     q = q.where(made, rate(rows.p_cells.fillna(1.0), ~made))
     kind = np.select([both <= alpha, made], list(VERDICTS)[:2], "cells")
-    out = pd.DataFrame(dict(q=q, evidence=kind))
-    return out.assign(verdict=out.evidence.map(VERDICTS).where(q <= alpha, ""))
+    verdict = pd.Series(kind, q.index).map(VERDICTS).where(q <= alpha, "")
+    return pd.DataFrame(dict(q=q, evidence=kind, verdict=verdict))
 
 # %% ../nbs/74_needed_genes.ipynb #c039
 def _in_cells(screen, y, weights, inputs, made, learn):
@@ -264,7 +265,7 @@ def _in_screen(screen, y, weights, made, column, fresh):
         j = column.get(n)
         rest = y if j is None else y - weights[j] * screen.X[:, j]
         own = np.nan if j is None else screen.X[at, j].mean()
-        rows.append((*intervened(rest, at, control, slope * screen.error[n]), own))
+        rows.append([*intervened(rest, at, control, slope * screen.error[n]), own])
     return pd.DataFrame(rows, made, columns=["effect", "p_screen", "own"], dtype=float)
 
 # %% ../nbs/74_needed_genes.ipynb #c041
@@ -273,8 +274,8 @@ def _candidates(screen, genes, weights, candidates, own):
     expressed = np.asarray(genes)[(screen.seen > 0.05) & np.isfinite(screen.spread)]
     size = pd.Series(screen.names).value_counts()
     made = {n for n in screen.error.index if len(parts(n)) == 1 and size[n] > 2}
-    process = set(np.asarray(genes)[weights != 0])
-    if candidates is None: candidates = sorted((set(expressed) - process) | made)
+    inside = set(np.asarray(genes)[weights != 0])
+    if candidates is None: candidates = sorted((set(expressed) - inside) | made)
     names = [g for g in dict.fromkeys(candidates) if g not in own]
     if not names: raise BadProcess("there is no candidate; give candidates=, names of genes")
     strange = [g for g in names if g not in genes and g not in made]
@@ -379,9 +380,8 @@ def plot(self: NeededGenes,
     n: int = 12, # genes that are shown
 ): # a matplotlib figure
     "Necessity of the first genes and of the next best ones; what their perturbation did."
-    found = self.table[self.table.verdict != ""].head(n)
-    other = self.table[self.table.verdict == ""].nlargest(4, "necessity")
-    rows = pd.concat([found, other]).iloc[::-1]
+    rest = self.table[self.table.verdict == ""].nlargest(4, "necessity")
+    rows = pd.concat([self.table[self.table.verdict != ""].head(n), rest]).iloc[::-1]
     y = range(len(rows))
     shades = "tab:blue", "tab:green", "tab:orange", "0.7"
     colour = rows.verdict.map(dict(zip([*VERDICTS.values(), ""], shades)))
