@@ -54,7 +54,8 @@ def token_shares(
 def _centred(shares):
     "Logs of shares from source (row) to target (column), without the means of both."
     x = np.log(np.maximum(shares, 1e-9)).swapaxes(-1, -2)
-    return x - x.mean(-1, keepdims=True) - x.mean(-2, keepdims=True) + x.mean((-2, -1), keepdims=True)
+    x = x - x.mean(-1, keepdims=True)
+    return x - x.mean(-2, keepdims=True)
 
 def by_attention(
     model, # a fitted BioJEPA
@@ -69,7 +70,8 @@ def by_attention(
     mean = change.mean(0)
     if model.model.config.preset in POOLED:
         lost = [s for s in sets if s not in names]
-        if lost: raise NoAttention(f"its pathways do not hold the set {lost[0]!r}: fit it with gene_sets=")
+        if lost:
+            raise NoAttention(f"no pathway of it is the set {lost[0]!r}: fit it with gene_sets=")
         at = [names.index(s) for s in sets]
         score = mean[np.ix_(at, at)]
         reach = 1.645 * change.std(0, ddof=1)[np.ix_(at, at)] / np.sqrt(len(change))

@@ -28,6 +28,7 @@ def edges_command(
     sets: Optional[Path] = typer.Option(None, help="Gene sets, GMT: name, description, genes."),
     gene: Optional[List[str]] = typer.Option(None, help="A gene, as a set of its own; may be repeated."),
     cell_type: Optional[str] = TYPE,
+    way: str = typer.Option("intervention", help="intervention, attention, or both."),
     alpha: float = typer.Option(0.1, min=0, max=1, help="False discovery rate of an arrow, 0 to 1."),
     seed: int = typer.Option(0, help="Of the random gene sets that arrows are compared with."),
     out: Path = typer.Option(Path("edges.html"), help="The page; the table is written beside it."),
@@ -42,7 +43,7 @@ def edges_command(
     asked = read_gene_sets(sets) if sets is not None else {}
     asked |= {g: [g] for g in gene or ()}
     if not asked: raise ValueError("name gene sets with --sets FILE, or genes with --gene")
-    answer = pathway_edges(load_model(model), read_prepared(cells), asked, cell_type, alpha=alpha, seed=seed)
+    answer = pathway_edges(load_model(model), read_prepared(cells), asked, cell_type, way, alpha, seed)
     write_answer(answer, out)
 
 # %% ../nbs/83_cli_uses_discover.ipynb #c012

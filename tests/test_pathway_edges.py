@@ -66,3 +66,19 @@ def test_sets_of_one_gene_are_gene_edges(planted):
 def test_what_cannot_be_asked_is_named(planted, sets, word):
     cells, model, _ = planted
     with pytest.raises(BadGeneSets, match=word): bj.pathway_edges(model, cells, sets)
+
+
+def test_a_model_without_attention_says_so(planted):
+    cells, model, sets = planted
+    alone = bj.pathway_edges(model, cells, sets, way="attention")
+    assert alone.abstains and "no trained network" in alone.reason and alone.table.empty
+    both = bj.pathway_edges(model, cells, sets, way="both")
+    assert "no trained network" in both.headline() and set(both.table.way) == {"intervention"}
+    with pytest.raises(ValueError, match="looking"): bj.pathway_edges(model, cells, sets, way="looking")
+
+
+def test_the_page_of_no_arrow_opens(planted, tmp_path):
+    cells, model, sets = planted
+    for way in ("intervention", "attention"):
+        page = bj.pathway_edges(model, cells, sets, way=way, alpha=1e-9).to_html(tmp_path/f"{way}.html").read_text()
+        assert "No answer" in page and "<svg" in page

@@ -12,11 +12,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def fitted():
-    raw = bj.simulate(n_genes=80, n_perturbations=70, cells_per_perturbation=20, cell_types=2, seed=4)
-    cells = bj.prepare(raw, n_genes=80)
+    raw = bj.simulate(n_genes=60, n_perturbations=56, cells_per_perturbation=20, cell_types=2, seed=4)
+    cells = bj.prepare(raw, n_genes=60)
     fold = bj.split(cells, "unseen_gene", seed=0)
     features = bj.simulated_features(cells)
     return cells, fold, bj.BioJEPA.fit(cells, fold, features=features, network=False, progress=False)
+
+
+@pytest.fixture(scope="module")
+def saved(fitted, tmp_path_factory):
+    return fitted[2].save(tmp_path_factory.mktemp("safety")/"model")
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +74,10 @@ def test_the_table_and_its_choice(fitted, head):
     assert (one.verdict == OPEN).all()                     # nothing measured is beyond that limit
 
 
-def test_a_loaded_model_answers_the_same(fitted, head, tmp_path):
+def test_a_loaded_model_answers_the_same(fitted, head, saved):
     cells, fold, model = fitted
-    model.save(tmp_path/"model")
     two = [bj.safety(m, cells, list(fold.test[:3]), heads={"viability": head}).table
-           for m in (model, bj.BioJEPA.load(tmp_path/"model"))]
+           for m in (model, bj.BioJEPA.load(saved))]
     pd.testing.assert_frame_equal(*two, atol=1e-4)
 
 
@@ -110,14 +114,13 @@ def test_a_programme_without_measured_genes(fitted):
     with pytest.raises(BadHead, match="none of the 1 genes"): GeneMean(["Q"]).on(held_out_effects(fitted[2]))
 
 
-def test_from_a_shell(fitted, tmp_path):
+def test_from_a_shell(fitted, saved, tmp_path):
     from typer.testing import CliRunner
     from biojepa.cli import app
     cells, fold, model = fitted
-    model.save(tmp_path/"model")
     cells.write_h5ad(tmp_path/"cells.h5ad")
     (tmp_path/"labels.csv").write_text("perturbation,dead\n" + "".join(f"{n},{i % 2}\n" for i, n in enumerate(fold.train)))
-    words = ["safety", str(tmp_path/"model"), str(tmp_path/"cells.h5ad"), "--out", str(tmp_path/"s.html")]
+    words = ["safety", str(saved), str(tmp_path/"cells.h5ad"), "--out", str(tmp_path/"s.html")]
     done = CliRunner().invoke(app, [*words, fold.test[0], "--labels", f"dead={tmp_path/'labels.csv'}", "--cell-type", "LINE0"])
     assert done.exit_code == 0 and set(pd.read_csv(tmp_path/"s.csv").readout) == {"size", "dead"}, done.output
     for more, word in (([], "name a candidate"), (["X", "--labels", "dead"], "NAME=FILE"), ([fold.test[0], "--target", "LIVER"], "LIVER")):
