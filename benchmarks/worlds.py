@@ -268,7 +268,7 @@ def sergio_network(sergio_rs, seed, n_genes=150, masters=15, regulators=45):
 
 def sergio_cells(sergio_rs, grn, profile, n, seed, names):
     "Expression [6 n, G] of n cells of each of six lines; 0 for a gene that is not there."
-    table = sergio_rs.Sim(grn, n, 100, 5, 0.01, 1, seed).simulate(profile)
+    table = sergio_rs.Sim(grn, n, 400, 40, 0.05, 1, seed).simulate(profile)  # cells two units of time apart, so that they are independent
     found = dict(zip(table["Genes"].to_list(), table.drop("Genes").to_numpy()))
     return np.stack([found.get(g, np.zeros(6 * n)) for g in names], 1)
 
@@ -276,7 +276,7 @@ def log_mean(x):
     "Mean log1p of counts per 10,000 of each line [6, G], without the noise of counting."
     return np.log1p(1e4 * x / x.sum(1, keepdims=True)).reshape(6, -1, x.shape[1]).mean(1)
 
-def sergio(folder, seed, n=30, many=120):
+def sergio(folder, seed, n=60, many=400):
     "A screen of knock-outs from a simulator that is not ours, with the closed form's answers; needs the package sergio_rs."
     import sergio_rs
     def make():

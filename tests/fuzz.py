@@ -472,8 +472,9 @@ def questions(rng, folder):
         or more.get("mode") in ("CRISPRa", "drug")
         or name == "NOBODY"
     )
+    idle = name == "control" or more.get("dose") == 0 and name != "NOBODY"  # no action, wherever
     return wrong_unless(
-        not far or name == "control" or bool(said) or out.obs.support.max() < 0.99,
+        not far or idle or bool(said) or out.obs.support.max() < 0.99,
         f"{name!r} {more}: support {out.obs.support.max():.2f} and no word",
     )
 
