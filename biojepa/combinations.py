@@ -20,7 +20,8 @@ from scipy.stats import false_discovery_control, norm
 from .patching import document, patch
 from .cells import join_parts, parts
 from .effects import effects
-from .results import Result
+from .planning import _only_context
+from .results import Result, as_names, check_rate
 from .goals import as_goal, perturbed
 
 # %% ../nbs/72_combinations.ipynb #c008
@@ -216,8 +217,9 @@ def combine(
     start=None, # of `plan`
 ) -> Combinations:
     "Predicted interactions, largest first, or nearest to a goal first. Raises ValueError for none."
-    pairs, blocks = combinations(targets, size, regimen)
-    cell_type = cell_type or sorted(set(cells.obs.cell_type.astype(str)))[0]
+    check_rate(alpha)
+    pairs, blocks = combinations(as_names(targets), size, regimen)
+    cell_type = cell_type or _only_context(cells)
     table, support = _predicted(model, cells, pairs, cell_type, blocks)
     interaction = interaction_of(table, pairs, blocks)
     calibration, reason = _calibration(*_made(model, cells, cell_type))

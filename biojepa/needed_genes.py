@@ -24,7 +24,7 @@ from .patching import document, patch
 from .cells import CONTROL, check, dense, parts
 from .effects import control_means
 from .gene_sets import read_gene_sets
-from .results import Result
+from .results import Result, check_rate
 
 # %% ../nbs/74_needed_genes.ipynb #c014
 SEEN = 0.2 # share of control cells in which a gene of the median is seen
@@ -319,9 +319,9 @@ def needed_genes(
 ) -> NeededGenes:
     """Genes whose input the prediction of a process needs, and whose perturbation moves it.
 
-    The targets of a process that is a perturbation are no candidates. Abstains when no gene has
-    both kinds of evidence. Raises BadProcess.
+    A perturbation's own targets are no candidates. Abstains where no gene has both. Raises BadProcess.
     """
+    check_rate(alpha)
     check(cells)
     model._same_genes(cells)
     cells = _context(cells, cell_type)

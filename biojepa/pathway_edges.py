@@ -21,6 +21,7 @@ from .gene_sets import BadGeneSets, read_gene_sets
 from .asked import targets_of
 from .signature_model import SignatureModel
 from .planning import _only_context
+from .results import check_rate
 from .arrows import NO_EDGES, Edges, averages, edge_table, membership, random_set_p, set_scores
 from .attention_edges import NoAttention, by_attention
 
@@ -207,6 +208,7 @@ def pathway_edges(
     Or see what its network attends to. Abstains where no arrow has a false discovery rate of at
     most alpha, and where the model has no attention. Raises BadGeneSets.
     """
+    check_rate(alpha)
     if way not in (*WAYS, "both"):
         raise ValueError(f"way {way!r} is none of {', '.join(WAYS)} and both")
     sets = read_gene_sets(gene_sets)

@@ -19,7 +19,7 @@ from .patching import document, patch
 from .cells import parts
 from .effects import control_means
 from .closed_form_torch import TorchClosedForm
-from .results import Result
+from .results import Result, check_rate
 from .goals import BadGoal, Change, as_goal, missed_gap, perturbed
 from .limits import MOST, allowed, combinations_of, joined, possible, predicted_harm
 from .optimise import by_gradient, cem, inside, neighbours
@@ -220,7 +220,7 @@ def plan(
     alpha: float = 0.1, # share of hopeless goals that may be answered
     seed: int = 0, # of the shuffled goals and of the draws
     *,
-    way: str = "exhaustive", # or 'cem', 'gradient'
+    way: str = "exhaustive", # or 'cem'; or 'gradient', which also gives `.vectors`
     only=None, # targets that may be hit (such as druggable ones), a list or a file
     forbidden=(), # targets that may not be hit (such as essential genes), a list or a file
     fixed: str | None = None, # regimen that is part of every action, such as 'A+B'
@@ -234,9 +234,10 @@ def plan(
     """Rank perturbations by the share of the way to a goal that their predicted effect closes.
 
     The perturbed genes are left out on both sides. Abstains when the goal is within the noise of
-    its cells, or when goals with shuffled genes do as well. way='gradient' also gives `.vectors`.
-    Raises BadGoal.
+    its cells, or when goals with shuffled genes do as well. Raises BadGoal.
     """
+    check_rate(alpha)
+    if n_actions < 1: raise BadGoal(f"n_actions={n_actions}: an action has one target or more")
     if features is not None: model = model.with_features(features)
     cell_type = cell_type or _only_context(cells)
     target = as_goal(goal, cells, list(model.genes), start, cell_type)

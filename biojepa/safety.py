@@ -21,7 +21,7 @@ from biojepa.heads import (
     held_out_effects, verdicts
 )
 from .goals import gap_closed, perturbed
-from .results import Result
+from .results import Result, as_names, check_rate
 
 # %% ../nbs/71_safety.ipynb #c010
 @patch
@@ -61,7 +61,7 @@ def _predicted(model, cells, names, cell_types):
     "Predicted effects (perturbation, cell_type) x genes, and the support of the rows."
     control = cells.obs.perturbation == CONTROL
     types = list(cell_types or sorted(set(cells.obs.cell_type[control].astype(str))))
-    names = list(dict.fromkeys(names))
+    names = as_names(names)
     if not names: raise BadHead("there is no candidate; give names of perturbations")
     tables, support = [], []
     for c in types:
@@ -204,6 +204,7 @@ def safety(
 
     Raises BadHead for readouts and limits that do not fit, and for a target that is not asked for.
     """
+    check_rate(alpha)
     blind = held_out_effects(model)
     readouts = _readouts(blind, heads, programmes)
     limits = _limits(readouts, limits)
