@@ -83,7 +83,7 @@ class Result:
     def __repr__(self):
         return f"{self.headline()}\n{self.table.head(10).round(3).to_string(index=False)}"
 
-# %% ../nbs/69_results.ipynb #x2
+# %% ../nbs/69_results.ipynb #c013
 def check_rate(
     alpha, # share of errors that is allowed
 ) -> None:
@@ -98,5 +98,5 @@ def as_names(
     "Names as a list."
     return [names] if isinstance(names, str) else list(dict.fromkeys(names))
 
-# %% ../nbs/69_results.ipynb #c013
+# %% ../nbs/69_results.ipynb #c016
 document(globals())
