@@ -102,6 +102,15 @@ def runs(path):
     return [*out, now]
 
 
+def imports_stand_alone():
+    "A cell that imports does nothing else: the site runs such cells to document what they bring."
+    for path in NOTEBOOKS:
+        for c in filter(is_code, cells(path)):
+            tree = parsed(source(c))
+            kinds = {isinstance(n, (ast.Import, ast.ImportFrom)) for n in tree.body} if tree else set()
+            if len(kinds) == 2: yield f"{path.name} imports within a cell that does more: {source(c).strip()[:40]!r}"
+
+
 def cells_are_shown():
     "At most three exported cells in a row without a demonstration; no cell over 40 lines."
     for path in NOTEBOOKS:
@@ -156,7 +165,7 @@ def sidebar_is_whole():
     yield from (f"{p} stands twice in the sidebar" for p in sorted({p for p in listed if listed.count(p) > 1}))
 
 
-LAWS = (imports_run_down, imports_stand_at_the_top, modules_are_small, lines_are_short, statements_are_plain, cells_are_shown, arguments_are_explained, pages_are_short, sidebar_is_whole)
+LAWS = (imports_run_down, imports_stand_at_the_top, modules_are_small, lines_are_short, statements_are_plain, cells_are_shown, imports_stand_alone, arguments_are_explained, pages_are_short, sidebar_is_whole)
 
 
 def tokens_by_line(text):

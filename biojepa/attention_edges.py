@@ -50,7 +50,7 @@ def token_shares(
     each = [(s / s.sum(-1, keepdim=True)).mean(0).cpu().numpy() for s in each]
     return np.stack(each), list(model.genes)
 
-# %% ../nbs/73_attention_edges.ipynb #c012
+# %% ../nbs/73_attention_edges.ipynb #c013
 def _centred(shares):
     "Logs of shares from source (row) to target (column), without the means of both."
     x = np.log(np.maximum(shares, 1e-9)).swapaxes(-1, -2)
@@ -89,5 +89,5 @@ def by_attention(
     use = use & ~np.eye(len(sets), dtype=bool)
     return edge_table(list(sets), score, reach, p, use, "attention").assign(sign=0)
 
-# %% ../nbs/73_attention_edges.ipynb #c015
+# %% ../nbs/73_attention_edges.ipynb #c016
 document(globals())

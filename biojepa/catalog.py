@@ -24,7 +24,7 @@ from .screens import BadDataset, datasets, entries, entry, get, pick, show
 from .cells import BadCells, CONTROL, join_parts
 from .prepare import gene_names, prepare
 
-# %% ../nbs/16_catalog.ipynb #c007
+# %% ../nbs/16_catalog.ipynb #c008
 def _control(label, m):
     "Is this a label of controls?"
     if label in m["control"]: return True
@@ -46,7 +46,7 @@ def _name(
         out.append((found.group(1) if found else part).replace("+", "plus"))
     return join_parts(out)
 
-# %% ../nbs/16_catalog.ipynb #c010
+# %% ../nbs/16_catalog.ipynb #c011
 def _values(raw, rule, what, m):
     "One column of the contract: '=word', a number, a column, or those of a list that are there."
     if isinstance(rule, (int, float)): return pd.Series(float(rule), raw.obs_names)
@@ -66,7 +66,7 @@ def _values(raw, rule, what, m):
     blank = m.get("blank", ())
     return text.apply(lambda row: " ".join(v for v in row if v not in blank), axis=1)
 
-# %% ../nbs/16_catalog.ipynb #c012
+# %% ../nbs/16_catalog.ipynb #c013
 def _symbols(raw, column):
     "Gene symbols, each once: a repeated one carries its identifier, as scPerturb does."
     try: symbols = gene_names(raw, column).astype(str)
@@ -83,7 +83,7 @@ def _enough(obs):
         "alone with their perturbation": rare.to_numpy(),
     }
 
-# %% ../nbs/16_catalog.ipynb #c013
+# %% ../nbs/16_catalog.ipynb #c014
 def adapt(
     raw: AnnData, # the published cells
     name: str, # of the screen
@@ -106,7 +106,7 @@ def adapt(
     if m.get("total") in raw.obs: obs["total"] = _values(raw, m["total"], "total", m)
     return _build(raw, obs, s)
 
-# %% ../nbs/16_catalog.ipynb #c014
+# %% ../nbs/16_catalog.ipynb #c015
 def _build(raw, obs, s):
     "Leave out what cannot be used, name the genes, choose the matrix."
     gone = {"without a clear perturbation": obs.perturbation.isna().to_numpy()}
@@ -134,7 +134,7 @@ def _build(raw, obs, s):
         uns=dict(kind=kind),
     )
 
-# %% ../nbs/16_catalog.ipynb #c018
+# %% ../nbs/16_catalog.ipynb #c019
 def _few(obs, n, seed):
     "Rows of at most n cells of each group, in order."
     order = np.random.default_rng(seed).permutation(len(obs))
@@ -168,7 +168,7 @@ def read_h5ad(
     file.file.close()
     return out
 
-# %% ../nbs/16_catalog.ipynb #c020
+# %% ../nbs/16_catalog.ipynb #c021
 def read_tahoe(
     paths: list, # parts, parquet
     genes, # gene_metadata.parquet: token_id, gene_symbol
@@ -205,7 +205,7 @@ def read_tahoe(
         var=pd.DataFrame(index=known.gene_symbol.astype(str).to_numpy()),
     )
 
-# %% ../nbs/16_catalog.ipynb #c021
+# %% ../nbs/16_catalog.ipynb #c022
 def read(
     name: str, # of the screen
     paths, # what `get` returned, or your own copy of the file
@@ -245,5 +245,5 @@ def dataset(
         total="total" if cells.uns["kind"] == "log1p" and "total" in cells.obs else None,
     )
 
-# %% ../nbs/16_catalog.ipynb #c027
+# %% ../nbs/16_catalog.ipynb #c028
 document(globals())

@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 from .metrics import Case, metric
 from .patching import document
 
-# %% ../nbs/64_embedding_metrics.ipynb #c006
+# %% ../nbs/64_embedding_metrics.ipynb #c007
 def partners(
     labels, # N sets of names; or the answer itself, which is given back
 ) -> np.ndarray: # [N, N] bool, False on the diagonal
@@ -38,7 +38,7 @@ def _similar(x):
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return x @ x.T
 
-# %% ../nbs/64_embedding_metrics.ipynb #c008
+# %% ../nbs/64_embedding_metrics.ipynb #c009
 def gene_set_gap(
     x: np.ndarray, # [N, D] an embedding, or centred effects
     labels, # N sets of pathway names, or what `partners` made of them
@@ -62,7 +62,7 @@ def gene_set_neighbour(
     first = near >= near.max(1, keepdims=True) - 1e-9
     return np.where(both.any(1), (first & both).sum(1) / np.maximum(first.sum(1), 1), np.nan)
 
-# %% ../nbs/64_embedding_metrics.ipynb #c010
+# %% ../nbs/64_embedding_metrics.ipynb #c011
 def _on_gene_sets(case, f):
     if case.gene_sets is None or len(case) < 3: return case.nothing()
     return f(case.beyond()[0], case.gene_sets)
@@ -83,7 +83,7 @@ def _neighbour(
     predicted effects, shares a pathway."""
     return _on_gene_sets(case, gene_set_neighbour)
 
-# %% ../nbs/64_embedding_metrics.ipynb #c015
+# %% ../nbs/64_embedding_metrics.ipynb #c016
 def probe(
     x: np.ndarray, # [N, D] embedding, or predicted effects
     y, # [N] bool, or numbers
@@ -100,7 +100,7 @@ def probe(
     model = make_pipeline(StandardScaler(), RidgeCV(np.geomspace(.1, 1e4, 11)))
     return float(spearmanr(y, cross_val_predict(model, x, y, cv=KFold(**how))).statistic)
 
-# %% ../nbs/64_embedding_metrics.ipynb #c017
+# %% ../nbs/64_embedding_metrics.ipynb #c018
 def batch_leakage(
     x: np.ndarray, # [N, D] embedding of cells
     batch, # [N] names
@@ -114,5 +114,5 @@ def batch_leakage(
     score = cross_val_score(model, x, np.asarray(batch), cv=folds, scoring="balanced_accuracy")
     return float(score.mean()), 1 / len(set(batch))
 
-# %% ../nbs/64_embedding_metrics.ipynb #c021
+# %% ../nbs/64_embedding_metrics.ipynb #c022
 document(globals())

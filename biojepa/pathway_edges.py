@@ -225,5 +225,5 @@ def pathway_edges(
     reason = "" if found else f"none of {len(table)} pairs of sets has q at or below {alpha:g}"
     return Edges(table, reason, alpha, remark)
 
-# %% ../nbs/73_pathway_edges.ipynb #c042
+# %% ../nbs/73_pathway_edges.ipynb #c045
 document(globals())

@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from .metrics import Case, METRICS, metric
 from .patching import document
 
-# %% ../nbs/63_ranks.ipynb #c006
+# %% ../nbs/63_ranks.ipynb #c007
 def _cosine(a, b):
     "1 - cosine similarity of all rows [P, P]; a row of zeros is as far from everything."
     a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
@@ -48,7 +48,7 @@ def places(
     rounding = rounding * max(1.0, far.max())
     return (far < true - rounding).sum(1), (np.abs(far - true) <= rounding).sum(1) - 1
 
-# %% ../nbs/63_ranks.ipynb #c008
+# %% ../nbs/63_ranks.ipynb #c009
 def _rank(case, distance):
     if (found := places(case, distance)) is None: return case.nothing()
     return 1 - (found[0] + found[1] / 2) / (len(case) - 1)
@@ -57,7 +57,7 @@ def _recall(case, k, distance):
     if (found := places(case, distance)) is None: return case.nothing()
     return np.clip((k - found[0]) / (found[1] + 1), 0, 1)       # ties are drawn by lot
 
-# %% ../nbs/63_ranks.ipynb #c009
+# %% ../nbs/63_ranks.ipynb #c010
 HOW = {"cosine": "cosine distance", "l1": "mean absolute difference", "l2": "Euclidean distance"}
 
 def _placed(distance, end, words):
@@ -91,5 +91,5 @@ def rank(
     "The metric of this name."
     return METRICS["rank"].function(case)
 
-# %% ../nbs/63_ranks.ipynb #c020
+# %% ../nbs/63_ranks.ipynb #c021
 document(globals())

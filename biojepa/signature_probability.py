@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 # %% ../nbs/48_signature_probability.ipynb #c003
 from .patching import document
 
-# %% ../nbs/48_signature_probability.ipynb #c008
+# %% ../nbs/48_signature_probability.ipynb #c009
 EDGE = 1e-3 # base rates are kept so far from 0 and 1
 
 def _logit(base): return logit(np.clip(base, EDGE, 1 - EDGE))
@@ -46,7 +46,7 @@ def change_probability(
     a, b, c = scale
     return expit(a + b * _logit(base) + c * evidence)
 
-# %% ../nbs/48_signature_probability.ipynb #c011
+# %% ../nbs/48_signature_probability.ipynb #c012
 def expected_label(
     base: np.ndarray, # mean labels
     evidence: np.ndarray, # what the model adds to them
@@ -66,7 +66,7 @@ def direction_scale(
         return ((expected_label(base, evidence, c[0]) - y) ** 2).sum() + (c[0] - 0.5) ** 2
     return float(minimize(loss, [0.5], bounds=[(0.01, 10.0)], method="L-BFGS-B").x[0])
 
-# %% ../nbs/48_signature_probability.ipynb #c014
+# %% ../nbs/48_signature_probability.ipynb #c015
 WIDE = 1.645 # standard deviations of a 90 % interval
 
 def row_spread(
@@ -99,7 +99,7 @@ def line_spread(
     beyond = z.var(0, ddof=1) - (rate_spread(base, n)[:, enough] ** 2).mean(0)
     return float(np.clip(np.sqrt(max(beyond.mean(), 0.0)), 0.3, 2.0))
 
-# %% ../nbs/48_signature_probability.ipynb #c017
+# %% ../nbs/48_signature_probability.ipynb #c018
 def value_scale(
     residual: np.ndarray, # [N] truth minus prediction at validation entries
     sd: np.ndarray, # [N] standard deviation of the gene in training
@@ -121,7 +121,7 @@ def gene_spread(
     n = np.bincount(gene, minlength=n_genes)
     return np.sqrt((total + pull * np.mean(values**2)) / (n + pull)).astype(np.float32)
 
-# %% ../nbs/48_signature_probability.ipynb #c020
+# %% ../nbs/48_signature_probability.ipynb #c021
 def own_genes(
     answers: np.ndarray, # [Q, N] at training entries
     perturbation: np.ndarray, # [N] name
@@ -138,7 +138,7 @@ def own_genes(
         out[m] = dict(n=x.shape[1], mean=mean, sd=sd)
     return out
 
-# %% ../nbs/48_signature_probability.ipynb #c023
+# %% ../nbs/48_signature_probability.ipynb #c024
 def stack_weights(
     parts: np.ndarray, # [V, n] predictions of what base rates leave, at validation entries
     truth: np.ndarray, # [n]
@@ -155,5 +155,5 @@ def stack_weights(
     ridge = np.sqrt(pull * len(truth)) * np.eye(len(parts))
     return nnls(np.concatenate([x, ridge]), np.concatenate([truth, ridge @ prior]))[0] / size
 
-# %% ../nbs/48_signature_probability.ipynb #c026
+# %% ../nbs/48_signature_probability.ipynb #c027
 document(globals())

@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from .patching import document
 from .signatures import BadSignatures
 
-# %% ../nbs/46_signature_scores.ipynb #c007
+# %% ../nbs/46_signature_scores.ipynb #c008
 QUESTIONS = ("change", "direction")
 
 def label_pairs(
@@ -56,7 +56,7 @@ def gene_auroc(
     won = np.bincount(g, w * right, score.shape[1])
     return np.where(total > 0, won / np.maximum(total, 1e-12), np.nan)
 
-# %% ../nbs/46_signature_scores.ipynb #c012
+# %% ../nbs/46_signature_scores.ipynb #c013
 def _interval(statistic, P, n, seed):
     "A statistic of weights [P], and its 95 % bootstrap interval over perturbations."
     rng = np.random.default_rng(seed)
@@ -86,7 +86,7 @@ def paired_auroc(
         return np.nanmean(gene_auroc(score, pairs, w)) - np.nanmean(gene_auroc(other, pairs, w))
     return _interval(gap, len(score), n, seed)
 
-# %% ../nbs/46_signature_scores.ipynb #c014
+# %% ../nbs/46_signature_scores.ipynb #c015
 def judged_genes(
     data: AnnData, # signatures
     least: int = 5, # so many of both kinds
@@ -96,7 +96,7 @@ def judged_genes(
     same = (data.X == 0).sum(0)
     return np.minimum(changed, same) >= least
 
-# %% ../nbs/46_signature_scores.ipynb #c017
+# %% ../nbs/46_signature_scores.ipynb #c018
 CLIP = 1e-4 # no probability counts as nearer to 0 or 1 than this
 
 def brier(
@@ -118,7 +118,7 @@ def log_loss(
     p = np.clip(p, CLIP, 1 - CLIP)
     return float(np.average(-np.log(np.where(y > 0, p, 1 - p)), weights=w))
 
-# %% ../nbs/46_signature_scores.ipynb #c019
+# %% ../nbs/46_signature_scores.ipynb #c020
 def calibration_error(
     p: np.ndarray, # [N] probabilities
     y: np.ndarray, # [N] 1 for a change, 0 for none
@@ -152,7 +152,7 @@ def rank_within(
     ok = (n_high > 0) & (n_low > 0)
     return float(np.average(wins[ok] / (n_high * n_low)[ok], weights=weight[ok]))
 
-# %% ../nbs/46_signature_scores.ipynb #c022
+# %% ../nbs/46_signature_scores.ipynb #c023
 @dataclass(frozen=True)
 class SignatureScore:
     "One score of a probability of change."
@@ -181,7 +181,7 @@ SIGNATURE_SCORES = {
     )
 }
 
-# %% ../nbs/46_signature_scores.ipynb #c025
+# %% ../nbs/46_signature_scores.ipynb #c026
 def _row_names(data):
     "perturbation@line of each row; the names of rows where there are no lines."
     if "cell_type" not in data.obs: return np.array(data.obs_names, object)
@@ -206,7 +206,7 @@ def _entries(predicted, truth):
     name = pd.factorize(predicted.obs.perturbation)[0]
     return p, base, (Y[row, gene] != 0).astype(float), row, name[row]
 
-# %% ../nbs/46_signature_scores.ipynb #c026
+# %% ../nbs/46_signature_scores.ipynb #c027
 def score_changes(
     predicted: AnnData, # of `SignatureModel.predict`: layers change and base_rate
     truth: AnnData, # signatures with the same names of rows and genes
@@ -226,5 +226,5 @@ def score_changes(
     columns = ["value", "low", "high", "base_rate", "gain", "gain_low", "gain_high"]
     return pd.DataFrame(rows, index=columns).T
 
-# %% ../nbs/46_signature_scores.ipynb #c031
+# %% ../nbs/46_signature_scores.ipynb #c032
 document(globals())

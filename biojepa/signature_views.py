@@ -14,7 +14,7 @@ import torch
 # %% ../nbs/49_signature_views.ipynb #c003
 from .patching import document, patch
 
-# %% ../nbs/49_signature_views.ipynb #c006
+# %% ../nbs/49_signature_views.ipynb #c007
 #| code-fold: true
 class Entries:
     "Measured entries of a table, in the order of its rows; nothing is stored for the others."
@@ -45,7 +45,7 @@ class Entries:
         out[:, self.row, self.gene] = self.answers
         return out
 
-# %% ../nbs/49_signature_views.ipynb #c007
+# %% ../nbs/49_signature_views.ipynb #c008
 #| code-fold: true
 @patch
 def take(self: Entries,
@@ -78,7 +78,7 @@ def minus(self: Entries,
     left = self.answers - base[:, line[self.row], self.gene]
     return Entries(self.row, self.gene, left, self.shape)
 
-# %% ../nbs/49_signature_views.ipynb #c010
+# %% ../nbs/49_signature_views.ipynb #c011
 def count_entries(
     entries, # Entries [R, G]
     line: torch.Tensor, # [R] row of the line
@@ -106,7 +106,7 @@ def base_rates(
     gene = (total.sum(1) + pull * every) / (n.sum(0) + pull)                            # [Q, G]
     return (total + pull * gene[:, None]) / (n + pull)
 
-# %% ../nbs/49_signature_views.ipynb #c013
+# %% ../nbs/49_signature_views.ipynb #c014
 def unit_features(
     table, # FeatureTable
     weights: dict, # source -> weight
@@ -125,7 +125,7 @@ def unit_features(
     x = np.concatenate(sides, 1)
     return torch.tensor(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
 
-# %% ../nbs/49_signature_views.ipynb #c015
+# %% ../nbs/49_signature_views.ipynb #c016
 #| code-fold: true
 @dataclass
 class ViewConfig:
@@ -145,7 +145,7 @@ class ViewConfig:
     least: int = 3        # a gene counts with so many labels of two kinds; others borrow
     chunk: int = 512      # rows that are dense at a time
 
-# %% ../nbs/49_signature_views.ipynb #c017
+# %% ../nbs/49_signature_views.ipynb #c018
 def conjugate_gradients(
     apply, # linear symmetric positive definite map of a tensor like b
     b: torch.Tensor, # [Q, ...] right-hand sides
@@ -170,7 +170,7 @@ def conjugate_gradients(
         old = new
     return x
 
-# %% ../nbs/49_signature_views.ipynb #c019
+# %% ../nbs/49_signature_views.ipynb #c020
 #| code-fold: true
 class View:
     "One Gaussian process on one weighting of the sources: `solve` fits it, a call predicts."
@@ -202,7 +202,7 @@ class View:
         scale = (len(x) / size.sum()).sqrt() / size[keep].sqrt()
         self.state["rotate"] = (axes[:, keep] * scale).float()
 
-# %% ../nbs/49_signature_views.ipynb #c021
+# %% ../nbs/49_signature_views.ipynb #c022
 def _blocks(entries, line, chunk):
     "Rows of one line at a time, at most `chunk`: first row, last row, their entries, line."
     edges = torch.nonzero(line[1:] != line[:-1])[:, 0] + 1
@@ -239,7 +239,7 @@ def _system(self: View, entries, place, line, n_lines, alike):
         return out
     return gather, apply
 
-# %% ../nbs/49_signature_views.ipynb #c022
+# %% ../nbs/49_signature_views.ipynb #c023
 #| code-fold: true
 @patch
 def solve(self: View,
@@ -269,7 +269,7 @@ def solve(self: View,
     )
     return self
 
-# %% ../nbs/49_signature_views.ipynb #c024
+# %% ../nbs/49_signature_views.ipynb #c025
 #| code-fold: true
 @patch
 def __call__(self: View,
@@ -292,5 +292,5 @@ def __call__(self: View,
         out[:, rows, kept[known]] += place[rows[:, 0]] @ own[..., known]
     return out
 
-# %% ../nbs/49_signature_views.ipynb #c029
+# %% ../nbs/49_signature_views.ipynb #c030
 document(globals())

@@ -13,7 +13,7 @@ from .effects import pearson_rows
 from .metrics import Case, _top, metric
 from .patching import document
 
-# %% ../nbs/63_state_metrics.ipynb #c006
+# %% ../nbs/63_state_metrics.ipynb #c007
 SEED = dict(floor="no_change", seed_column=True)
 
 def _guess(case):
@@ -35,7 +35,7 @@ def global_mse(
     x, y, guess = _guess(case)
     return scatter + ((guess - y)**2).mean(1)
 
-# %% ../nbs/63_state_metrics.ipynb #c008
+# %% ../nbs/63_state_metrics.ipynb #c009
 def _cell_top(case):
     """Per perturbation: the 20 genes with the largest |y - x| of each cell, and x and y there,
     three arrays [n, 20]."""
@@ -57,7 +57,7 @@ def pearson_top20(
     tops = case.once("cell top", lambda: _cell_top(case))
     return np.array([pearson_rows(g[top] - x, y - x).mean() for g, (top, x, y) in zip(guess, tops)])
 
-# %% ../nbs/63_state_metrics.ipynb #c010
+# %% ../nbs/63_state_metrics.ipynb #c011
 def _r2_rows(guess, mean):
     "R2 over genes of two expression profiles, per row [P]."
     total = ((mean - mean.mean(1, keepdims=True)) ** 2).sum(1)
@@ -83,7 +83,7 @@ def r2_top50(
     top = case.once("top of means", lambda: _top(y - x, 50))
     return _r2_rows(*(np.take_along_axis(v, top, 1) for v in (guess, y)))
 
-# %% ../nbs/63_state_metrics.ipynb #c012
+# %% ../nbs/63_state_metrics.ipynb #c013
 @metric("mean_shift", best="", unit="log1p", **SEED)
 def mean_shift(
     case: Case, # with predicted effects (log1p)
@@ -92,5 +92,5 @@ def mean_shift(
     no change at all."""
     return np.abs(case.predicted).mean(1)
 
-# %% ../nbs/63_state_metrics.ipynb #c023
+# %% ../nbs/63_state_metrics.ipynb #c024
 document(globals())
