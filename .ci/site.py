@@ -70,7 +70,28 @@ def build():
         text = page.read_text(encoding="utf-8")
         for old, new in change.items(): text = text.replace(f"/main/nbs/{new}", f"/main/nbs/{old}")
         page.write_text(text, encoding="utf-8")
+    write_answers(DOCS / "answers")
     print(f"{len(list(DOCS.rglob('*.html')))} pages in {DOCS.name}")
+
+
+def write_answers(folder):
+    "The pages that people get: those of a demo, and one of each use, on a small screen."
+    import biojepa as bj
+    from biojepa.demo import budget, run_demo, simulated_screen, write_results
+    cells, features, splits = simulated_screen(True, 0)
+    result = run_demo(cells, features, splits, folder, budget(True), seed=0, progress=False, say=lambda x: None)
+    write_results(result, folder, seed=0, data="simulated")
+    model = bj.BioJEPA.load(folder / "base")
+    singles = [n for n in splits[0].train if "+" not in n]
+    genes = list(cells.var_names)
+    uses = dict(
+        plan_of_lists=bj.plan(model, cells, bj.signature(genes[:4], genes[4:8])),
+        safety=bj.safety(model, cells, singles[:8]),
+        combine=bj.combine(model, cells, singles[:6]),
+        edges=bj.pathway_edges(model, cells, {f"set {k}": genes[12 * k:12 * k + 12] for k in range(6)}),
+        genes=bj.needed_genes(model, cells, genes[:8]),
+    )
+    for name, found in uses.items(): found.to_html(folder / f"{name}.html")
 
 
 def serve():

@@ -187,7 +187,7 @@ def plot_calibration(
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;font-size:12px;margin:1em 0;display:block;overflow-x:auto}
 td,th{padding:2px 9px;text-align:right;border-bottom:1px solid #eee}
-th{text-align:left}img{max-width:100%}.grey{color:#aaa}.note{color:#666;font-size:13px}"""
+th{text-align:left}img{max-width:100%}pre{overflow-x:auto}.grey{color:#aaa}.note{color:#666;font-size:13px}"""
 
 # %% ../nbs/68_report.ipynb #c038
 def _picture(figure, words):
