@@ -86,7 +86,7 @@ def what_answers(self: BioJEPA) -> str:
     new = self.new_line_answers
     if new is not None: return f"the closed form; in lines without treated cells {new.describe()}"
     tried = "training" in self.history
-    why = "validation did not improve with it" if tried else "none was trained; network=True does"
+    why = "validation did not improve with it" if tried else "none was trained"
     return f"the closed form alone; the network's share is 0.00 ({why})"
 
 @patch
