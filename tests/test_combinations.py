@@ -28,6 +28,13 @@ def test_intervals_cover_what_is_observed():
     assert 0.84 < ((rows.low <= along) & (along <= rows.high)).mean() < 0.96
 
 
+def test_many_questions_need_more_evidence_than_one():
+    fit = calibrate(*np.random.default_rng(0).normal(size=(2, 30, 8)))
+    fit.slope = 1.0
+    one, many = interaction_table(np.array([3.0]), fit), interaction_table(np.r_[3.0, np.zeros(50)], fit)
+    assert many.q[0] > 2 * one.q[0] and many.interaction[0] == one.interaction[0]
+
+
 def test_what_is_missing_is_named():
     table = pd.DataFrame(np.eye(2), ["A", "A+B"])
     with pytest.raises(KeyError, match="'B'"): interaction_of(table, ["A+B"])
@@ -82,3 +89,18 @@ def test_the_heat_map_is_symmetric(paired):
     names = [n for n in fold.train if "+" not in n][:4]
     image = bj.combine(model, cells, names).plot_matrix().axes[0].images[0].get_array()
     np.testing.assert_allclose(np.ma.filled(image, 0), np.ma.filled(image, 0).T)
+
+
+def test_pairs_that_were_held_out_do_not_say_how_much_to_believe(paired):
+    cells, fold, model = paired
+    names = [n for n in fold.test if "+" in n][:4]
+    with_them = bj.combine(model, cells, names)
+    without = bj.combine(model, cells[~cells.obs.perturbation.isin([*fold.test, *fold.val])].copy(), names)
+    assert with_them.calibration.n == without.calibration.n
+    pd.testing.assert_frame_equal(with_them.table, without.table)
+
+
+def test_nothing_is_claimed_below_the_rate(paired):
+    cells, fold, model = paired
+    answer = bj.combine(model, cells, [n for n in fold.train if "+" not in n][:6], alpha=1e-300)
+    assert answer.abstains and (answer.table["class"] == "additive").all() and (answer.table.q < 1).any()

@@ -72,6 +72,16 @@ def test_an_unmeasured_target_is_judged_by_its_perturbation(fitted):
     assert said.verdict == MOVES and said.evidence == "perturbation"
 
 
+def test_both_kinds_of_evidence_must_agree_and_many_candidates_need_more():
+    row = dict(p_cells=1e-5, weight=1.0, p_screen=1e-5, effect=-1.0, own=-2.0)
+    rows = pd.DataFrame([row, row | dict(weight=-1.0)], ["AGREES", "TURNED"])
+    assert list(verdicts(rows).verdict) == [NEEDED, MOVES]                # lowered, the process should rise
+    idle = pd.DataFrame([row | dict(p_cells=0.9, p_screen=0.9)] * 30).add_prefix("", axis=0)
+    weak = pd.DataFrame([row | dict(p_cells=0.05, p_screen=0.05)], ["WEAK"])
+    assert verdicts(weak).verdict["WEAK"] == NEEDED and not verdicts(pd.concat([weak, idle])).verdict["WEAK"]
+    assert not verdicts(weak, alpha=0.01).verdict["WEAK"]
+
+
 @pytest.mark.parametrize("process, word", [(["NOBODY"], "none of the 1 genes"), (pd.Series({"P0": np.nan}), "P0")])
 def test_a_process_that_cannot_be_read_is_named(fitted, process, word):
     cells, model = fitted

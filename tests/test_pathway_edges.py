@@ -5,6 +5,7 @@ import pytest
 
 import biojepa as bj
 from biojepa.effects import control_means
+from biojepa.arrows import Edges, edge_table, random_set_p
 from biojepa.gene_sets import BadGeneSets
 from biojepa.network import Recipe
 from biojepa.pathway_edges import membership, set_scores, specific
@@ -43,6 +44,26 @@ def test_no_wires_no_arrows():
     bare = Recipe(module_size=12, weight=1e-6, stress=0.0)
     found = [not bj.pathway_edges(m, c, s).abstains for c, m, s in (world(seed, bare) for seed in range(6))]
     assert sum(found) <= 2
+
+
+def test_a_source_that_moves_every_gene_alike_drives_none_and_a_driven_set_is_found():
+    rng = np.random.default_rng(0)
+    change = rng.normal(0, 0.1, (40, 40))
+    sets = membership({"A": range(8), "B": range(8, 16)}, range(40))
+    def p_of(change): return random_set_p(change, sets, sets, set_scores(change, sets, sets)[0])[0, 1]
+    strong, moved, driven = change.copy(), change.copy(), change.copy()
+    strong[:8] += 1                         # one source moves all genes
+    moved[:, 8:16] += 1                     # all sources move one set
+    driven[:8, 8:16] += 1
+    assert p_of(strong) > 0.05 and p_of(moved) > 0.05 and p_of(driven) < 0.005
+
+
+def test_many_pairs_need_more_evidence_and_arrows_keep_to_their_rate():
+    p = np.full((6, 6), 0.9)
+    p[0, 1] = 0.04
+    table = edge_table(list("ABCDEF"), np.ones((6, 6)), p, p, ~np.eye(6, dtype=bool), "intervention")
+    assert table.q[0] > 0.5                 # one in thirty such p is luck
+    assert len(Edges(table, alpha=0.95).arrows) == 30 and Edges(table, alpha=0.5).arrows.empty
 
 
 def test_a_shared_gene_is_left_out():

@@ -25,6 +25,14 @@ def test_steps(fitted):
     timed.obs["time"] = np.where(np.arange(cells.n_obs) % 2, 24.0, 48.0)
     one, two = (plan_steps(model, timed, wanted, candidates=names, steps=k).table for k in (1, 2))
     assert two.gap_closed[0] >= one.gap_closed[0]
+    best = one.perturbation[0]
+    without = plan_steps(model, timed, wanted, candidates=names, forbidden=[best]).table
+    assert not any(best in row.split(", ") for row in without.perturbation)
+    spoiled = wanted.copy()
+    first = two.perturbation[0].split(", ")[0]
+    spoiled[first] = 9.0                                  # the first step's own gene does not count after the second
+    again = plan_steps(model, timed, spoiled, candidates=two.perturbation[0].split(", ")).table
+    assert np.isclose(again.set_index("perturbation").gap_closed[two.perturbation[0]], two.gap_closed[0], atol=1e-6)
     np.testing.assert_allclose(one.gap_closed, bj.plan(model, cells, wanted, candidates=names).table.gap_closed, atol=1e-5)
 
 

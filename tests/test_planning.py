@@ -1,10 +1,14 @@
 "Plans: the goal that is among the candidates is found, hopeless goals are refused, the perturbed gene does not count."
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
 import biojepa as bj
-from biojepa.goals import BadGoal, Change, as_goal, gap_closed, wanted_change
+from biojepa.demo import places
+from biojepa.goals import BadGoal, Change, Energy, as_goal, gap_closed, missed_gap, wanted_change
+from biojepa.limits import allowed, predicted_harm
 from biojepa.planning import WAYS, Question, _no_answer, search_all
 
 
@@ -42,6 +46,53 @@ def test_no_answer_where_there_is_none(fitted):
     assert "shuffled" in _no_answer(far, 0.2, 0.3, 0.1) and not _no_answer(far, 0.2, 0.01, 0.1)
     assert "regimen alone" in _no_answer(far, 0.2, 0.01, 0.1, regimen=0.2)
     assert "cap on harm" in _no_answer(far, -np.inf, 0.01, 0.1)
+
+
+def test_goals_that_can_be_reached_are_answered_and_shuffled_ones_are_not(fitted):
+    cells, split, model = fitted
+    names, effects = list(split.train), bj.effects(cells).to_df()
+    strong = effects.loc[names].pow(2).sum(1).nlargest(6).index
+    rng = np.random.default_rng(0)
+    def answers(goal, **how): return not bj.plan(model, cells, goal, candidates=names, **how).abstains
+    mixed = [pd.Series(rng.permutation(effects.loc[n]), model.genes) for n in strong]
+    assert sum(answers(effects.loc[n]) for n in strong) >= 5 and sum(map(answers, mixed)) <= 2
+    assert not any(answers(effects.loc[n], alpha=0.001) for n in strong)     # 200 shuffles cannot tell so much
+
+
+def test_nine_of_ten_blind_predictions_lie_in_the_interval(fitted):
+    cells, split, model = fitted
+    goal = as_goal(bj.effects(cells).to_df().loc[split.train[0]], cells, list(model.genes))
+    form = model.closed_form
+    own = np.array([[g in a.targets for g in model.genes] for a in form.actions])
+    miss = goal.closed(form.truth, own) - goal.closed(form.held_out, own)
+    low, high = missed_gap(model, goal)
+    assert 0.8 <= ((low <= miss) & (miss <= high)).mean() <= 0.95 and low < 0 < high
+    table = bj.plan(model, cells, goal, candidates=list(split.train)).table
+    assert np.allclose(table.low - table.gap_closed, low) and (table.high <= table.gap_closed + high + 1e-9).all()
+
+
+def test_a_function_of_the_perturbed_gene_alone_is_not_moved_by_it():
+    goal = Energy(lambda x: x[:, 0], np.ones(20))
+    effect = np.zeros((1, 20))
+    effect[0, 0] = -1.0
+    own = effect < 0
+    assert goal.closed(effect, own)[0] == 0 and goal.closed(effect, own & False)[0] == 1
+    assert goal.chance(effect, own & False).mean() < 0.5
+
+
+def test_a_part_that_is_forbidden_forbids_the_whole():
+    assert allowed(["A+B", "C"], forbidden=["A"]) == ["C"] and allowed(["A+B", "C", "A"], only=["A", "C"]) == ["C", "A"]
+    class Viability:
+        harm = "low"
+        def predict(self, effects): return effects.sum(axis=1)
+    assert predicted_harm(Viability(), pd.DataFrame([[-3.0], [1.0]])).tolist() == [3, -1]
+
+
+def test_the_place_of_the_right_answer():
+    def plan(names, abstains=False):
+        return SimpleNamespace(table=pd.DataFrame(dict(perturbation=names)), abstains=abstains)
+    plans = {"A": plan(["A", "B"]), "B": plan(["A", "B"]), "C": plan(["A", "B"]), "D": plan(["D"], abstains=True)}
+    assert places(plans) == {"A": 1, "B": 2, "C": 3}
 
 
 @pytest.mark.parametrize("goal, word", [

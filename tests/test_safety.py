@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 
 import biojepa as bj
-from biojepa.heads import CLEAR, CONCERN, OPEN, BadHead, GeneMean, effect_table, held_out_effects, p_values, verdicts
-from biojepa.safety import pareto_front
+from biojepa.heads import (
+    CLEAR, CONCERN, OPEN, BadHead, GeneMean, Readout, conformal_ends, effect_table, held_out_effects, p_values, verdicts)
+from biojepa.safety import _apart, _benefit, _overall, _worst, pareto_front
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,6 +43,64 @@ def test_verdicts_err_at_their_rate(skill):
     assert np.mean(alarms) < 0.14 and np.mean(cleared) < 0.16
 
 
+def test_a_new_score_is_ranked_among_the_known_ones_and_itself():
+    first, last = p_values([9.0], np.arange(9), np.arange(9)), p_values([8.0], np.arange(9), np.arange(9))
+    assert first[0] == 1 / 10 and last[0] == 2 / 10 and first[1] == 1      # nothing is more certain than 1 / (n + 1)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.4])
+def test_conformal_ends_hold_their_share(alpha):
+    miss = np.random.default_rng(0).exponential(size=(1000, 60))
+    ends = np.array([conformal_ends(m[1:], alpha) for m in miss])
+    inside = ((ends[:, 0] <= miss[:, 0]) & (miss[:, 0] <= ends[:, 1])).mean()
+    assert abs(inside - (1 - alpha)) < 0.04
+    assert conformal_ends(miss[0, :5], 0.1) == (-np.inf, np.inf)           # five cannot say what one in ten does
+
+
+def two_types(shift=0.0, n=30):
+    "A readout with 2n examples, half of them harmful; scores of type B are higher by a shift."
+    rng = np.random.default_rng(0)
+    index = pd.MultiIndex.from_product([range(n), ["A", "B"]])
+    labels = pd.Series(np.repeat(np.arange(n) % 2, 2), index).astype(float)
+    return Readout().calibrated(labels + rng.normal(size=2 * n) + shift * np.tile([0, 1], n), labels)
+
+
+def test_harm_downwards_is_harm_upwards_turned_round():
+    up, new = two_types(), np.linspace(-2, 3, 9)
+    down = up.calibrated(-up.scores, -up.labels)
+    down.harm = "low"
+    np.testing.assert_array_equal(up.judge(new, 0.5), down.judge(-new, -0.5))
+    assert np.isclose(up.usual_limit(0.3), -down.usual_limit(0.3))
+
+
+def test_a_cell_type_with_enough_examples_is_judged_by_its_own():
+    new = np.linspace(-2, 3, 9)
+    one, other = two_types(), two_types(shift=50)
+    np.testing.assert_array_equal(one.judge(new, 0.5, "A"), other.judge(new, 0.5, "A"))
+    assert not np.array_equal(one.judge(new, 0.5, "A", 0.01), other.judge(new, 0.5, "A", 0.01))   # too few: all count
+
+
+def test_examples_are_blind_predictions_and_what_was_measured(fitted):
+    blind, form = held_out_effects(fitted[2]), fitted[2].closed_form
+    row = list(blind.obs_names).index(f"{form.actions[0].targets[0]}@{form.contexts[0]}")
+    np.testing.assert_allclose(blind.layers["delta"][row], form.held_out[0])
+    np.testing.assert_allclose(blind.layers["observed"][row], form.truth[0])
+    for readout in (GeneMean(), GeneMean(list(blind.var_names[:9]))):
+        own = readout.on(blind)
+        np.testing.assert_allclose(own.scores, readout.score(effect_table(blind)))
+        np.testing.assert_allclose(own.labels, readout.score(effect_table(blind, "observed")))
+
+
+def test_the_label_of_a_perturbation_does_not_move_its_scores_in_any_cell_type(fitted):
+    measured = effect_table(held_out_effects(fitted[2]), "observed")
+    labels = measured.iloc[:, :30].sum(axis=1)
+    largest = labels.idxmax()
+    moved = bj.Head.fit(measured, labels.where(labels.index != largest, labels + 3)).scores
+    before = bj.Head.fit(measured, labels).scores
+    pd.testing.assert_series_equal(before.loc[[largest[0]]], moved.loc[[largest[0]]])
+    assert len(before.loc[[largest[0]]]) == 2 and not np.allclose(before, moved)
+
+
 def test_a_label_does_not_score_its_own_row(fitted):
     measured = effect_table(held_out_effects(fitted[2]), "observed")
     noise = pd.Series(np.random.default_rng(0).normal(size=len(measured)), measured.index)
@@ -72,6 +131,65 @@ def test_the_table_and_its_choice(fitted, head):
     again = bj.safety(model, cells, list(fold.test), heads={"viability": head}, limits={"viability": -1e6})
     one = again.table[again.table.readout == "viability"]
     assert (one.verdict == OPEN).all()                     # nothing measured is beyond that limit
+
+
+def test_a_head_is_judged_by_blind_predictions_whatever_it_was_fitted_to(fitted, head):
+    cells, fold, model = fitted
+    one, other = (bj.safety(model, cells, list(fold.test[:3]), ["LINE0"], heads={"viability": h}).table
+                  for h in (head, head.on(held_out_effects(model))))
+    pd.testing.assert_frame_equal(one, other)
+
+
+def test_an_error_that_no_examples_can_hold_leaves_all_open(fitted, head):
+    cells, fold, model = fitted
+    table = bj.safety(model, cells, list(fold.test), heads={"viability": head}, alpha=1e-4).table
+    assert (table.verdict == OPEN).all() and (table.low == -np.inf).all() and (table.high == np.inf).all()
+
+
+def test_a_cell_type_without_measured_perturbations_is_left_open(fitted, head):
+    cells, fold, model = fitted
+    new = cells[((cells.obs.perturbation == "control") & (cells.obs.cell_type == "LINE1")).to_numpy()].copy()
+    new.obs["cell_type"] = "LINE9"
+    answer = bj.safety(model, new, list(fold.test), heads={"viability": head})
+    assert answer.abstains and (answer.table.verdict == OPEN).all() and answer.table.low.isna().all()
+
+
+def test_one_concern_is_enough_and_clear_are_all():
+    def said(harmless, harmful):
+        rows = pd.DataFrame(dict(perturbation="A", readout=["x", "y"], p_harmless=harmless, p_harmful=harmful))
+        return _overall(rows, 0.1)["A"]
+    assert said([0.04, 1], [1, 1]) == CONCERN
+    assert said([0.06, 1], [1, 1]) == OPEN                 # two readouts: each may err half as often
+    assert said([1, 1], [0.05, 0.05]) == CLEAR and said([1, 1], [0.05, 0.5]) == OPEN
+
+
+def test_the_worst_cell_type_counts():
+    index = pd.MultiIndex.from_product([["P", "Q"], ["A", "B", "C"]])
+    scores = pd.Series([1.0, 5, 3, 2, 0, 4], index)
+    assert _worst(scores, 1).tolist() == [5, 4] and _worst(scores, -1).tolist() == [1, 0]
+    for harm, ends in (("high", [5, 4]), ("low", [1, 0])):
+        readout = Readout().calibrated(scores, 10 * scores)
+        readout.harm = harm
+        whole = readout.worst(["A", "B", "C"])
+        assert whole.scores.tolist() == ends and (whole.labels == 10 * whole.scores).all()
+        assert readout.worst(["A", "D"]).scores.empty      # training has no D
+    assert _apart(scores, "A", ["B", "C"])[1].tolist() == [1 - 5, 2 - 4]
+
+
+def test_selectivity_is_uncertain_and_its_front_avoids_harm(fitted, head):
+    cells, fold, model = fitted
+    table = bj.safety(model, cells, list(fold.test), heads={"viability": head}, target="LINE1").selectivity
+    assert (table.low < table.selectivity).all() and (table.selectivity < table.high).all()
+    assert (table.front == pareto_front(table.wanted, -table.harm)).all()       # low viability is harm
+
+
+def test_a_wanted_signature_does_not_ask_for_the_perturbed_gene(fitted):
+    measured = effect_table(held_out_effects(fitted[2]), "observed")
+    goal = measured.iloc[0].copy()
+    before = _benefit(goal, {}, measured)
+    goal[measured.index[0][0]] = 9.0
+    after = _benefit(goal, {}, measured)
+    assert np.isclose(before.iloc[0], after.iloc[0]) and not np.allclose(before, after)
 
 
 def test_a_loaded_model_answers_the_same(fitted, head, saved):

@@ -40,6 +40,21 @@ def test_an_error_rate_is_between_0_and_1(screen, use, alpha):
     with pytest.raises(ValueError, match="no rate"): ask()
 
 
+@pytest.mark.parametrize("use", USES)
+def test_other_cell_types_do_not_count(screen, use):
+    cells, model = screen
+    one = USES[use](model, cells[(cells.obs.cell_type == "LINE0").to_numpy()].copy())
+    pd.testing.assert_frame_equal(one.table, USES[use](model, cells, cell_type="LINE0").table)
+
+
+def test_the_way_to_a_state_begins_in_its_own_cell_type(screen):
+    cells, model = screen
+    def plan(cells):
+        goal = ((cells.obs.perturbation == model.split.train[0]) & (cells.obs.cell_type == "LINE0")).to_numpy()
+        return bj.plan(model, cells, goal, cell_type="LINE0").table
+    pd.testing.assert_frame_equal(plan(cells), plan(cells[(cells.obs.cell_type == "LINE0").to_numpy()].copy()))
+
+
 def test_one_name_is_a_list_of_one(screen):
     cells, model = screen
     assert set(bj.safety(model, cells, "GENE1").table.perturbation) == {"GENE1"}

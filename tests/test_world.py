@@ -4,13 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import biojepa as bj
 from biojepa.effects import control_means
 from biojepa.loop import BadModel
-from biojepa.new_line_answers import shipped_network
+from biojepa.new_line_answers import gains, opens, shipped_network
 from biojepa.relations import Lines, elsewhere, lines_of, relations, transfer
 from biojepa.splits import Split
+from biojepa.world import world_loss
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,29 @@ def test_a_drug_has_no_target_and_a_gene_has_itself(screen):
 def test_lines_that_are_alike_predict_each_other(screen):
     lines = screen[1]
     assert transfer(lines.take([1, 1]))[1] > transfer(lines)[1]
+
+
+def test_the_perturbed_gene_teaches_nothing(screen):
+    lines = screen[1]
+    at = np.flatnonzero(lines.own >= 0)
+    spoiled = lines.take()
+    spoiled.effect = lines.effect.copy()
+    spoiled.effect[0, at, lines.own[at]] += 9
+    assert np.isclose(transfer(lines.take([0, 1]))[0], transfer(spoiled.take([0, 1]))[0], rtol=0.2)
+    mean, truth = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    keep = torch.ones(3, 9, dtype=bool)
+    keep[:, 4] = False
+    def loss(mean): return world_loss(mean, torch.ones(3, 9), truth, keep, torch.ones(3, 1))
+    assert loss(mean) == loss(torch.where(keep, mean, 99.0))
+
+
+def test_the_gate_opens_for_what_holds_in_other_lines():
+    rng = np.random.default_rng(0)
+    assert opens(np.array([0.1, 0.11, 0.12])) and not opens(np.array([0.1, 0.1]))
+    assert np.mean([opens(rng.normal(size=6)) for _ in range(1000)]) < 0.1
+    one = np.ones((2, 4))
+    gain = gains([0 * one] * 3, [one] * 3, [one, one, -one])
+    assert np.isclose(gain[2], -3) and np.allclose(gain[:2], 0)   # each line's share is that of the two others
 
 
 # the weights that the package carries, and how they came about
@@ -115,6 +140,17 @@ def test_world_answers_for_new_lines_only(model, monkeypatch):
     assert np.isfinite(new.layers["std"]).all() and (new.layers["std"] >= 0).all()
     for i, n in enumerate(names):  # the perturbed gene itself is left to the closed form
         if n in cells.var_names: assert np.isclose(new[i, n].X.item(), form[i, n].X.item(), atol=1e-6)
+
+
+def test_a_line_that_is_left_out_is_not_seen(model, monkeypatch):
+    answers = model[2].new_line_answers
+    before = answers._without(0, [0, 1])
+    spoiled = answers.lines.take()
+    spoiled.effect = answers.lines.effect.copy()
+    spoiled.effect[0] += 1
+    monkeypatch.setattr(answers, "lines", spoiled)
+    for x, y in zip(before, answers._without(0, [0, 1])): np.testing.assert_array_equal(x, y)
+    assert not np.allclose(before[0], answers._without(1, [0, 1])[0])
 
 
 def asked(fitted, cells, names, line):
